@@ -1,0 +1,33 @@
+"""Turn a Hugging Face causal LM into a WINA checkpoint, and run it.
+
+    import wina_convert
+
+    wina_convert.convert("meta-llama/Llama-3-8B", out="llama-wina", sparsity=0.5)
+    model = wina_convert.load("llama-wina")
+
+Importing the package registers the loader, so `AutoModelForCausalLM.from_pretrained("llama-wina")` works as well.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import WinaError
+from .runtime.autoload import arm
+
+if TYPE_CHECKING:
+    from .config import WinaConfig
+    from .conversion import convert
+    from .runtime.loader import load, set_sparsity
+
+__version__ = "0.1.0"
+__all__ = ["WinaConfig", "WinaError", "convert", "load", "set_sparsity"]
+
+_LAZY = {"WinaConfig": "config", "convert": "conversion", "load": "runtime.loader", "set_sparsity": "runtime.loader"}
+
+arm()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

@@ -1,0 +1,293 @@
+"""`convert`: the straight line from a source to a published checkpoint, and nothing else."""
+
+import hashlib
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from . import __version__
+from . import plot as pictures
+from .calibrate import PILOT, Histograms, calibrate_layer
+from .card import write_card
+from .checkpoint import (
+    REPORT,
+    check_space,
+    check_target,
+    copy_sidecars,
+    gated_stream,
+    staged,
+    stored_tensors,
+    write_config,
+    write_json,
+)
+from .config import GRID, WinaConfig, check_sparsity
+from .errors import CalibrationError, OptionError
+from .plan import ConversionPlan, make_plan
+from .progress import Progress, silent
+from .runtime.linear import gated_modules
+from .runtime.loader import sentinel
+from .shards import ShardWriter
+from .source import Source, open_source
+from .text import BUNDLED, HELD_OUT, load_tokenizer, read_documents, sequence_length, sequences, split
+from .thresholds import levels, threshold_curve
+from .verify import verify
+
+
+def convert(
+    model: str,
+    out: str | Path,
+    *,
+    sparsity: float = 0.5,
+    calibration: str = BUNDLED,
+    samples: int = 64,
+    seq_len: int | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    targets: Sequence[str] = ("all",),
+    ignore: Sequence[str] = (),
+    overwrite: bool = False,
+    dry_run: bool = False,
+    plot: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+    tqdm_class: type[Any] | None = None,
+) -> dict[str, Any]:
+    """Turn a Hugging Face causal LM into a WINA checkpoint.
+
+    One decoder layer is in memory at a time, and the folder appears only when it is complete and verified.
+
+    Args:
+        model: local folder or Hub id.
+        out: folder to write.
+        sparsity: default fraction of every gated projection's inputs to skip, within [0, 0.95]. The checkpoint stores
+            thresholds for all others too.
+        calibration: "bundled", a .txt, .jsonl or .parquet file, or the name of a dataset (see `text.read_documents`).
+        samples: calibration sequences; fewer are used where the text has fewer.
+        seq_len: tokens of a sequence; None: 512, or the model's context where that is shorter.
+        batch_size: sequences computed at a time.
+        seed: of the choice of sequences.
+        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1" ...
+        dtype: "auto" (as the source is), "float32", "bfloat16" or "float16".
+        max_shard_size: largest weight file, such as "5GB".
+        targets: "all", "attention", "mlp" or glob patterns of module names.
+        ignore: glob patterns of module names to leave dense.
+        overwrite: replace an existing WINA checkpoint.
+        dry_run: return the plan and touch nothing.
+        plot: also write pictures (needs matplotlib).
+        revision: branch, tag or commit on the Hub.
+        token: Hub access token.
+        trust_remote_code: allow the source's own Python code.
+        progress: how to report progress; see the module `progress`.
+        tqdm_class: progress bar for downloads.
+
+    Returns:
+        the report, as in wina_report.json; for a dry run, the plan.
+
+    Raises:
+        WinaError: whatever stands in the way; nothing is written then.
+    """
+    sparsity = check_sparsity(sparsity)
+    if samples < 1 or batch_size < 1:
+        raise OptionError(f"samples is {samples} and batch size is {batch_size}; both must be at least 1")
+    target = choose_device(device)
+    if plot:
+        pictures.check_available()
+    check_target(Path(out), model, overwrite)
+    source = open_source(model, revision, token, trust_remote_code, headers_only=dry_run, tqdm_class=tqdm_class)
+    plan = make_plan(source, targets, ignore, dtype)
+    length = sequence_length(source, seq_len)
+    if dry_run:
+        return plan_report(source, plan, sparsity, samples, length, target)
+    check_space(Path(out), plan.disk_bytes)
+
+    packed = sequences(read_documents(calibration), load_tokenizer(source), length, samples + HELD_OUT, calibration)
+    check_vocabulary(packed, source)
+    tokens, held_out = split(packed, samples, seed)
+    config = WinaConfig(
+        sparsity=sparsity,
+        prefill="gated",
+        modules=[projection.name for projection in plan.projections],
+        calibration={
+            "text": calibration if calibration == BUNDLED else Path(calibration).name,
+            "samples": len(tokens),
+            "seq_len": length,
+            "seed": seed,
+            "levels": list(levels(sparsity)),
+            "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        },
+        source={"name": source.name, "revision": source.revision},
+        tool_version=__version__,
+    )
+    with staged(Path(out)) as folder:
+        with ShardWriter(folder, plan.tensors, max_shard_size) as shards:
+            histograms = write_tensors(source, plan, config, tokens, batch_size, target, shards, progress, keep=plot)
+        write_config(folder, source, config, plan)
+        copy_sidecars(source, folder)
+        verification = verify(source, plan, folder, held_out, target, batch_size, progress)
+        report = {
+            "versions": {"wina-convert": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+            "source": config.source,
+            "options": {
+                "sparsity": sparsity,
+                "calibration": config.calibration["text"],
+                "samples": samples,
+                "seq_len": length,
+                "batch_size": batch_size,
+                "seed": seed,
+                "dtype": dtype,
+                "max_shard_size": max_shard_size,
+                "targets": list(targets),
+                "ignore": list(ignore),
+            },
+            **shape_report(plan, sparsity),
+            "calibration": config.calibration,
+            "verification": {"sequences": len(held_out), **verification.as_dict()},
+        }
+        write_json(folder / REPORT, report)
+        write_card(folder, source, report)
+        if plot:
+            pictures.draw_conversion(folder, report, histograms)
+    return report
+
+
+def write_tensors(
+    source: Source,
+    plan: ConversionPlan,
+    config: WinaConfig,
+    tokens: Tensor,
+    batch_size: int,
+    device: torch.device,
+    shards: ShardWriter,
+    progress: Progress,
+    keep: bool = False,
+) -> dict[str, Histograms]:
+    """Calibrate and write the model layer by layer.
+
+    Returns:
+        the score histograms of every projection, where `keep` asks for them.
+    """
+
+    def read(keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        for key in keys:
+            yield from stored_tensors(source, plan, [key]).items()
+
+    model = gated_stream(source, config, plan.dtype, [spec.name for spec in plan.tensors], read, device)
+    keys_of = {projection.name: projection.key for projection in plan.projections}
+    by_layer = [model.layer_keys(index) for index in range(plan.n_layers)]
+    inside = {key for keys in by_layer for key in keys}
+    kept: dict[str, Histograms] = {}
+    with progress("Writing", plan.disk_bytes, "B") as advance:
+        for key in source.tensors:
+            if key not in inside and f"{key}_t" not in inside:
+                shards.write(stored := stored_tensors(source, plan, [key]))
+                advance(sum(tensor.nbytes for tensor in stored.values()))
+        shards.write({plan.sentinel: sentinel()})
+    embedded = model.embed(tokens.split(batch_size))
+    states = {level: list(embedded) for level in config.calibration["levels"]}
+    del embedded
+    with progress("Calibrating", plan.n_layers * len(tokens) * len(states), "sequence") as advance:
+        for index, keys in enumerate(by_layer):
+            names = [key.replace(".weight_t", ".weight") for key in keys if not key.endswith((".column_norms", ".thresholds"))]
+            tensors = stored_tensors(source, plan, names)
+            shards.write(tensors)
+            curves = {key: torch.zeros(len(GRID)) for key in keys if key.endswith(".thresholds")}
+            with model.layer(index, tensors | curves) as run:
+                gates = {name: gate for name, gate in gated_modules(model.model).items() if not gate.weight_t.is_meta}
+                histograms = calibrate_layer(run, gates, states, advance)
+                for gate in gates.values():
+                    gate.tau = None
+            for name, found in histograms.items():
+                shards.write({f"{keys_of[name]}.thresholds": threshold_curve(found, GRID)})
+            kept |= histograms if keep else {}
+    return kept
+
+
+def choose_device(device: str) -> torch.device:
+    """The device to compute on.
+
+    Raises:
+        OptionError: it does not exist here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"device is {device!r}, which cannot be used here ({reason}); give auto, cpu or cuda") from error
+    if chosen.type == "meta":
+        raise OptionError("device is 'meta', which computes nothing; give auto, cpu or cuda")
+    return chosen
+
+
+def check_vocabulary(tokens: Tensor, source: Source) -> None:
+    """Refuse token ids that the model's embedding does not have.
+
+    Raises:
+        CalibrationError: the tokenizer is another model's.
+    """
+    size = source.config.get("vocab_size", math.inf)
+    if int(tokens.max()) >= size:
+        raise CalibrationError(
+            f"the tokenizer gives token {int(tokens.max())} and {source.name} has {size}; put the model's own tokenizer beside it"
+        )
+
+
+def shape_report(plan: ConversionPlan, sparsity: float) -> dict[str, Any]:
+    """The part of a report that the plan alone decides."""
+    return {
+        "layers": plan.n_layers,
+        "bytes_per_token": {"dense": plan.dense_bytes_per_token, "gated": plan.bytes_per_token(sparsity)},
+        "disk_bytes": plan.disk_bytes,
+        "projections": {
+            projection.name: {"in_features": projection.in_features, "out_features": projection.out_features}
+            for projection in plan.projections
+        },
+    }
+
+
+def plan_report(
+    source: Source, plan: ConversionPlan, sparsity: float, samples: int, length: int, device: torch.device
+) -> dict[str, Any]:
+    """What a dry run tells: what would be gated, bytes a token before and after, time and disk."""
+    n_levels = len(levels(sparsity))
+    passes = n_levels * (samples + min(PILOT, samples)) + 3 * HELD_OUT
+    layer_weights = sum(spec.numel for spec in source.tensors.values()) - plan.embedding_bytes // plan.dtype.itemsize
+    flops = 2 * layer_weights * length * passes
+    copied = 4 * plan.disk_bytes  # read, written, and both read again for verification
+    return {
+        "source": {"name": source.name, "revision": source.revision},
+        "sparsity": sparsity,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "device": str(device),
+        **shape_report(plan, sparsity),
+        "seconds": round(flops / matmul_rate(plan, length, device) + copied / DISK_RATE, 1),
+    }
+
+
+DISK_RATE = 5e8  # bytes a second that a dry run assumes of the disk
+
+
+def matmul_rate(plan: ConversionPlan, length: int, device: torch.device, seconds: float = 0.2) -> float:
+    """Measured FLOP a second of a product like the model's, for the time a dry run expects."""
+    widest = max(plan.projections, key=lambda projection: projection.weights)
+    x = torch.ones(length, widest.in_features, dtype=plan.dtype, device=device)
+    weight = torch.ones(min(widest.out_features, 4096), widest.in_features, dtype=plan.dtype, device=device)
+    torch.nn.functional.linear(x, weight).sum().item()
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        torch.nn.functional.linear(x, weight).sum().item()
+        count += 1
+    return count * 2 * x.shape[0] * weight.numel() / (time.perf_counter() - start)

@@ -1,0 +1,25 @@
+"""The errors this package raises. Each message says what, where, what was got, and what to do."""
+
+
+class WinaError(Exception):
+    """Base of every error the package raises on purpose; the command line prints it in one line and exits 2."""
+
+
+class OptionError(WinaError):
+    """An option has a value that cannot be used."""
+
+
+class SourceError(WinaError):
+    """The model to convert cannot be found, read or supported."""
+
+
+class CalibrationError(WinaError):
+    """The calibration text, or what the model makes of it, cannot be used."""
+
+
+class CheckpointError(WinaError):
+    """A WINA checkpoint folder cannot be written, read or loaded."""
+
+
+class VerificationError(WinaError):
+    """A written checkpoint does not do what the source does."""

@@ -1,0 +1,109 @@
+"""Pictures of a conversion: asked against achieved sparsity per layer, and the score histograms with their thresholds."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .calibrate import Histograms
+from .errors import OptionError
+from .histogram import ScoreHistogram
+
+SPARSITY_PNG = "wina_sparsity.png"
+SCORES_PNG = "wina_scores.png"
+BINS = 120
+
+
+def check_available() -> None:
+    """Refuse early where matplotlib is missing.
+
+    Raises:
+        OptionError: it is.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise OptionError("--plot needs matplotlib; pip install 'wina-convert[plot]'") from error
+
+
+def draw_conversion(folder: Path, report: Mapping[str, Any], histograms: Mapping[str, Histograms]) -> None:
+    """Write both pictures into a folder.
+
+    Args:
+        folder: where to.
+        report: as in wina_report.json.
+        histograms: score histograms of every projection, by level.
+    """
+    draw_sparsity(folder / SPARSITY_PNG, report)
+    draw_scores(folder / SCORES_PNG, report["options"]["sparsity"], histograms)
+
+
+def draw_sparsity(path: Path, report: Mapping[str, Any]) -> None:
+    """One line per kind of projection: the sparsity achieved on held-out calibration text, by layer."""
+    asked = report["options"]["sparsity"]
+    figure, axes = _figure(9, 5)
+    kinds: dict[str, list[tuple[int, float]]] = {}
+    for name, achieved in report["verification"]["held_out"]["projections"].items():
+        layer, kind = _layer_and_kind(name)
+        kinds.setdefault(kind, []).append((layer, achieved))
+    for kind, points in kinds.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.2, label=kind)
+    axes.axhline(asked, color="black", linestyle="--", linewidth=1.2, label=f"asked {asked:.0%}")
+    axes.set(xlabel="decoder layer", ylabel="fraction of inputs skipped", title="Sparsity achieved on held-out calibration text")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, asked - 0.05), max(high, asked + 0.05))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    _save(figure, path)
+
+
+def draw_scores(path: Path, sparsity: float, histograms: Mapping[str, Histograms]) -> None:
+    """The distribution of scores of every kind of projection, a line a layer, with the thresholds as ticks on it."""
+    from matplotlib import colormaps
+
+    kinds: dict[str, list[tuple[int, ScoreHistogram]]] = {}
+    for name, by_level in histograms.items():
+        layer, kind = _layer_and_kind(name)
+        nearest = min(by_level, key=lambda level: abs(level - sparsity))
+        kinds.setdefault(kind, []).append((layer, by_level[nearest]))
+    columns = min(4, len(kinds))
+    rows = -(-len(kinds) // columns)
+    figure, grid = _figure(4 * columns, 3 * rows, rows, columns)
+    for axes, (kind, members) in zip(grid.flat, kinds.items(), strict=False):
+        for layer, histogram in members:
+            color = colormaps["viridis"](layer / max(len(members) - 1, 1))
+            low, high = max(histogram.quantile(0.001), 1e-12), max(histogram.quantile(1.0), 1e-11)
+            edges = torch.logspace(torch.tensor(low).log10(), torch.tensor(high).log10(), BINS + 1, dtype=torch.float64)
+            density = histogram.densities(edges)
+            centres = (edges[:-1] * edges[1:]).sqrt()
+            axes.plot(centres.tolist(), density.tolist(), color=color, linewidth=0.9)
+            threshold = histogram.quantile(sparsity)
+            height = float(density[int((centres - threshold).abs().argmin())])
+            axes.plot([threshold], [height], marker="|", markersize=12, color=color)
+        axes.set(xscale="log", title=kind, yticks=[])
+    for axes in grid.flat[len(kinds) :]:
+        axes.set_visible(False)
+    figure.supxlabel(f"score |x| · column norm; each tick is the threshold at {sparsity:.0%}, dark lines are early layers")
+    _save(figure, path)
+
+
+def _layer_and_kind(name: str) -> tuple[int, str]:
+    parts = name.split(".")
+    position = next(i for i, part in enumerate(parts) if part.isdigit())
+    return int(parts[position]), ".".join(parts[position + 1 :])
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=rows * columns == 1)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -1,0 +1,1 @@
+"""What a loaded WINA model runs. Small, and imports nothing of the converter."""

@@ -1,0 +1,105 @@
+"""WinaLinear: a projection that skips the inputs that do not matter for a token."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ..scoring import cutoffs, threshold_at
+from .kernels import gated_linear
+
+EXACT = ("column_norms", "thresholds", "tau")  # stay float32 when the model is cast
+
+
+class WinaLinear(nn.Module):
+    """Replaces `nn.Linear` (or GPT-2's `Conv1D`) and computes y = W (x * keep) + b.
+
+    Attributes:
+        weight_t: [in, out], the model's dtype: W transposed.
+        column_norms: [in], float32: the weighting of the score.
+        thresholds: [K], float32: one threshold for each sparsity of `grid`.
+        bias: [out], the model's dtype, or None.
+        tau: [in], float32: `thresholds` at `sparsity`, over `column_norms`; None until `set_sparsity`, and for good where
+            the weights are offloaded: then each call computes it.
+        dense_prefill: compute calls with several tokens a sequence without skipping.
+    """
+
+    # Tensor parallelism of transformers hands a module local shards only where it asks for them.
+    _hf_quantized_needs_local_tp = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        grid: Sequence[float],
+        bias: bool,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.grid = tuple(grid)
+        self.sparsity = 0.0
+        self.dense_prefill = False
+
+        def frozen(*shape: int, dtype: torch.dtype | None) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+        # Parameters, not buffers: a load on the meta device leaves buffers uninitialised.
+        self.weight_t = frozen(in_features, out_features, dtype=dtype)
+        self.column_norms = frozen(in_features, dtype=torch.float32)
+        self.thresholds = frozen(len(self.grid), dtype=torch.float32)
+        self.register_parameter("bias", frozen(out_features, dtype=dtype) if bias else None)
+        self.tau: Tensor | None
+        self.register_buffer("tau", None, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """W as a view [out, in], for code that looks at `.weight`."""
+        view = self.weight_t.t()
+        if getattr(self.weight_t, "_is_hf_initialized", False):
+            view._is_hf_initialized = True  # or transformers would initialise the loaded weight anew, through the view
+        return view
+
+    def set_sparsity(self, sparsity: float) -> None:
+        """Skip this fraction of the inputs from now on.
+
+        Args:
+            sparsity: within [grid[0], grid[-1]].
+        """
+        self.sparsity = sparsity
+        self.tau = None if self.thresholds.is_meta else self._cutoffs()
+
+    def _cutoffs(self) -> Tensor:
+        return cutoffs(threshold_at(self.thresholds, self.grid, self.sparsity), self.column_norms).detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], in the model's dtype."""
+        if self.dense_prefill and x.dim() > 1 and x.shape[-2] > 1:
+            return linear(x, self.weight_t.t(), self.bias)
+        tau = self.tau if self.tau is not None else self._cutoffs()
+        y: Tensor = gated_linear(x, self.weight_t, tau, self.bias)
+        return y
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before: dict[str, Any] = {name: getattr(self, name) for name in EXACT if getattr(self, name) is not None}
+        before = {name: tensor.data for name, tensor in before.items()}  # the base method swaps data in place
+        super()._apply(fn, recurse)
+        for name, exact in before.items():
+            tensor = getattr(self, name)
+            if tensor.dtype != exact.dtype:
+                tensor.data = exact.to(tensor.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"sparsity={self.sparsity}"
+        )
+
+
+def gated_modules(model: nn.Module) -> dict[str, WinaLinear]:
+    """The gated projections of a model by name, in its order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, WinaLinear)}

@@ -1,0 +1,163 @@
+"""The transformers plug-in: a quantizer named "wina" that puts WinaLinear where the config says so.
+
+Imported by `autoload` once transformers' table of quantizers exists; importing it registers the plug-in.
+"""
+
+import re
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+
+from ..config import INSTALL, WinaConfig, check_sparsity
+from ..errors import CheckpointError
+from .linear import WinaLinear, gated_modules
+
+
+class WinaQuantizer(HfQuantizer):
+    """Builds and finishes the gated model inside `from_pretrained`."""
+
+    quantization_config: WinaConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise CheckpointError("WinaConfig was given for a model that is not a WINA checkpoint; convert it first with wina-convert")
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        return accept(config)
+
+    update_tp_plan = update_attn_implementation  # the hook with the config in transformers before 5.21
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        install(model, self.quantization_config)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        configure(model, self.quantization_config)
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        name = next(iter(gated_modules(model)))
+        return model.state_dict() | {f"{name}.weight": sentinel()}, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def sentinel() -> torch.Tensor:
+    """An empty tensor stored under the plain weight name of the first gated projection.
+
+    Without this package transformers would fill the gated projections with random numbers; the wrong shape makes it raise.
+    """
+    return torch.empty(0)
+
+
+def accept(config: Any) -> Any:
+    """Take out the field with which a plain transformers refuses the folder and names the package to install."""
+    if getattr(config, "transformers_weights", None) == INSTALL:
+        del config.transformers_weights
+    return config
+
+
+def install(model: nn.Module, config: WinaConfig) -> None:
+    """Replace the modules that `config.modules` names by empty WinaLinears, on the modules' own device.
+
+    The names match by dotted suffix: `model.layers.0...` of a causal LM is `layers.0...` in its base model.
+
+    Raises:
+        CheckpointError: a name matches nothing or something that is not a linear projection.
+    """
+    linears = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
+    for gated in config.modules:
+        matches = [name for name in linears if name == gated or gated.endswith(f".{name}") or name.endswith(f".{gated}")]
+        if len(matches) != 1:
+            raise CheckpointError(
+                f"config.json gates {gated!r}, which matches {len(matches)} linear projections of this "
+                f"{type(model).__name__}; the checkpoint is damaged or not meant for it"
+            )
+        plain = linears[matches[0]]
+        # nn.Linear stores [out, in], Conv1D [in, out]
+        in_features, out_features = plain.weight.shape if isinstance(plain, Conv1D) else plain.weight.shape[::-1]
+        replacement = WinaLinear(
+            in_features, out_features, config.grid, plain.bias is not None, plain.weight.dtype, plain.weight.device
+        )
+        model.set_submodule(matches[0], replacement)
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or set()
+    if config.modules:
+        suffix = ".".join(config.modules[0].split(".")[-4:])
+        model._keys_to_ignore_on_load_unexpected = {*ignored, rf"{re.escape(suffix)}\.weight$"}  # type: ignore[assignment]
+
+
+def configure(model: nn.Module, config: WinaConfig) -> None:
+    """Set sparsity and prefill of every gated projection from the config; the weights are loaded."""
+    for module in gated_modules(model).values():
+        module.dense_prefill = config.prefill == "dense"
+        module.set_sparsity(config.sparsity or 0.0)
+
+
+def set_sparsity(model: nn.Module, sparsity: float) -> None:
+    """Change the sparsity of a loaded model in place; no file is touched.
+
+    Args:
+        model: what `load` or `from_pretrained` returned.
+        sparsity: fraction of inputs to skip, within [0, 0.95].
+
+    Raises:
+        OptionError: the sparsity is outside that range.
+        CheckpointError: the model has no gated projection.
+    """
+    modules = gated_modules(model)
+    if not modules:
+        raise CheckpointError(f"{type(model).__name__} has no gated projection; load a WINA checkpoint")
+    sparsity = check_sparsity(sparsity)
+    for module in modules.values():
+        module.set_sparsity(sparsity)
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if isinstance(config, WinaConfig):
+        config.sparsity = sparsity
+
+
+def load(path: str, sparsity: float | None = None, prefill: str | None = None, **kwargs: Any) -> Any:
+    """Load a WINA checkpoint as `AutoModelForCausalLM.from_pretrained` does.
+
+    Args:
+        path: folder or Hub id.
+        sparsity: fraction of inputs to skip, within [0, 0.95]; None: the checkpoint's default.
+        prefill: "gated" (skip in every call) or "dense" (skip only where a call brings one token a sequence).
+        kwargs: passed on to `from_pretrained`.
+
+    Raises:
+        OptionError: `sparsity` or `prefill` cannot be used.
+        CheckpointError: the folder is not a WINA checkpoint that this version can read.
+    """
+    from transformers import AutoModelForCausalLM  # here, because transformers imports this module
+
+    return AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=WinaConfig(sparsity=sparsity, prefill=prefill), **kwargs
+    )
+
+
+def register() -> None:
+    """Add the plug-in to transformers' tables; doing it twice changes nothing."""
+    if "wina" in auto.AUTO_QUANTIZER_MAPPING:
+        return
+    auto.register_quantization_config("wina")(WinaConfig)
+    auto.register_quantizer("wina")(WinaQuantizer)
+    # Lets from_pretrained(DIR, quantization_config=WinaConfig(sparsity=...)) override the stored values ...
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (WinaConfig,)
+    # ... and keeps transformers from warning about that ordinary use.
+    warnings.filterwarnings("ignore", message=r"You passed `quantization_config`.*\['(sparsity|prefill)'")
+
+
+register()

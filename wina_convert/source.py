@@ -1,0 +1,218 @@
+"""Finds the checkpoint to convert, on disk or on the Hub, and refuses early what cannot be converted."""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from .architectures import ARCHITECTURES, Architecture
+from .errors import SourceError
+from .shards import TensorSpec, read_headers, spec_from_header
+
+CONFIG = "config.json"
+# weights in other formats, which a conversion neither needs nor copies
+OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite", "*.ot")
+CAUSAL_LM = ("ForCausalLM", "LMHeadModel")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that can be converted: its files are there (unless only headers were asked for) and are consistent.
+
+    Attributes:
+        name: the Hub id, or the name of the local folder.
+        revision: commit hash on the Hub; None for a local folder.
+        folder: where the files are.
+        config: config.json, parsed.
+        config_text: config.json as it is.
+        tensors: every tensor by its key in the checkpoint.
+        trust_remote_code: whether the user allowed the checkpoint's own code.
+    """
+
+    name: str
+    revision: str | None
+    folder: Path
+    config: dict[str, Any]
+    config_text: str
+    tensors: dict[str, TensorSpec]
+    trust_remote_code: bool = False
+
+    @property
+    def architecture(self) -> Architecture:
+        """The family, as data."""
+        return ARCHITECTURES[self.config["model_type"]]
+
+
+def open_source(
+    model: str,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    headers_only: bool = False,
+    tqdm_class: type[Any] | None = None,
+) -> Source:
+    """Find a model and check that it can be converted.
+
+    Args:
+        model: a local folder or a Hub id.
+        revision: branch, tag or commit on the Hub.
+        token: Hub access token; None: the one that `hf auth login` stored.
+        trust_remote_code: allow the checkpoint's own Python code.
+        headers_only: from the Hub, fetch the config and the safetensors headers instead of the weights.
+        tqdm_class: the progress bar for downloads; None: huggingface_hub's own.
+
+    Raises:
+        SourceError: it cannot be found, read or supported; the message says why and what to do.
+    """
+    if Path(model).is_dir():
+        return _open_folder(Path(model).resolve().name, Path(model), None, trust_remote_code)
+    if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise SourceError(f"{model} is not a folder; give the folder that holds config.json, or a Hub id such as org/name")
+    try:
+        if headers_only:
+            return _open_headers(model, revision, token, trust_remote_code)
+        config = huggingface_hub.hf_hub_download(model, CONFIG, revision=revision, token=token)
+        _check_config(model, read_config(Path(config).parent)[1])  # before gigabytes of weights
+        folder = huggingface_hub.snapshot_download(
+            model, revision=revision, token=token, ignore_patterns=[*OTHER_WEIGHTS, "original/*"], tqdm_class=tqdm_class
+        )
+        return _open_folder(model, Path(folder), Path(folder).name, trust_remote_code)
+    except RemoteEntryNotFoundError as error:
+        raise SourceError(f"{model} has no {CONFIG}; it is not a model that transformers can load") from error
+    except GatedRepoError as error:
+        raise SourceError(
+            f"{model} is gated: accept its licence at {_url(model)} and pass --token or run `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise SourceError(
+            f"{model} is neither a local folder nor a model on the Hub that you can see; check the name, "
+            "or pass --token for a private one"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise SourceError(f"{model} has no revision {revision!r}; see the branches at {_url(model)}") from error
+    except HFValidationError as error:
+        raise SourceError(f"{model!r} is neither a local folder nor a Hub id such as org/name") from error
+    except HfHubHTTPError as error:
+        raise SourceError(f"the Hub refused {model}: {_one_line(error)}; try again later or check --token") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError, ConnectionError) as error:
+        raise SourceError(
+            f"{model} is no local folder and the Hub cannot be reached; check the network, or give a local folder"
+        ) from error
+
+
+def _url(model: str) -> str:
+    return f"{huggingface_hub.constants.ENDPOINT}/{model}"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
+    """config.json of a folder, as text and parsed.
+
+    Raises:
+        SourceError: it is missing or not a JSON object.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise SourceError(f"{folder} has no {CONFIG}; give the folder of a Hugging Face model")
+    text = path.read_text("utf-8", errors="replace")
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise SourceError(f"{path} is not JSON ({error}); get the file again") from error
+    if not isinstance(config, dict):
+        raise SourceError(f"{path} is not a JSON object; get the file again")
+    return text, config
+
+
+def _open_folder(name: str, folder: Path, revision: str | None, trust_remote_code: bool) -> Source:
+    text, config = read_config(folder)
+    _check_config(name, config)
+    tensors = read_headers(folder)
+    _check_tensors(name, tensors)
+    return Source(name, revision, folder, config, text, tensors, trust_remote_code)
+
+
+def _open_headers(model: str, revision: str | None, token: str | None, trust_remote_code: bool) -> Source:
+    commit = huggingface_hub.HfApi().model_info(model, revision=revision, token=token).sha
+    with tempfile.TemporaryDirectory() as folder:
+        path = huggingface_hub.hf_hub_download(model, CONFIG, revision=commit, token=token, local_dir=folder)
+        text, config = read_config(Path(path).parent)
+    _check_config(model, config)
+    try:
+        repo = huggingface_hub.get_safetensors_metadata(model, revision=commit, token=token)
+    except NotASafetensorsRepoError as error:
+        raise SourceError(f"{model} has no safetensors weights; ask for them in its discussions, or save it as safetensors") from error
+    tensors = {
+        name: spec_from_header(name, entry.dtype, entry.shape, file)
+        for file, metadata in repo.files_metadata.items()
+        for name, entry in metadata.tensors.items()
+    }
+    _check_tensors(model, tensors)
+    return Source(model, commit, Path(), config, text, tensors, trust_remote_code)
+
+
+def _parse_config(text: str, where: str) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise SourceError(f"{where} is not JSON ({error}); download the model again") from error
+    if not isinstance(config, dict):
+        raise SourceError(f"{where} is not a JSON object; download the model again")
+    return config
+
+
+def _check_config(name: str, config: dict[str, Any]) -> None:
+    """Refuse what its config.json shows cannot be converted."""
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "wina":
+        raise SourceError(f"{name} is a WINA checkpoint already; use `wina retarget` to change its sparsity")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise SourceError(f"{name} is quantized ({method}); convert the original float checkpoint")
+    model_type = config.get("model_type")
+    classes = [str(entry) for entry in config.get("architectures") or []]
+    if classes and not any(entry.endswith(CAUSAL_LM) for entry in classes):
+        raise SourceError(f"{name} is not a causal language model ({', '.join(classes)}); give one that generates text")
+    experts = next((key for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key)), None)
+    if model_type not in ARCHITECTURES or experts:
+        what = f"a mixture of experts ({model_type})" if experts else f"of family {model_type!r}"
+        raise SourceError(f"{name} is {what}, which is not supported; supported are: {', '.join(sorted(ARCHITECTURES))}")
+
+
+def _check_tensors(name: str, tensors: dict[str, TensorSpec]) -> None:
+    if not any(spec.dtype.is_floating_point for spec in tensors.values()):
+        raise SourceError(f"{name} has no floating-point tensor; convert a checkpoint in float32, bfloat16 or float16")
+
+
+def sidecars(folder: Path) -> list[Path]:
+    """The files that accompany the weights, relative to the folder: tokenizer, templates, generation config, licence ...
+
+    Not the weights in any format, config.json and README.md (both rewritten), and hidden files.
+    """
+    ours = {CONFIG, "README.md", "wina_report.json"}
+    weights = (*OTHER_WEIGHTS, "*.safetensors", "*.index.json")
+    found = []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if path.is_file() and not hidden and str(relative) not in ours and not any(relative.match(p) for p in weights):
+            found.append(relative)
+    return found
