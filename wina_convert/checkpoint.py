@@ -40,9 +40,13 @@ def check_target(out: Path, model: str, overwrite: bool) -> None:
         raise CheckpointError(f"{out} and the source {model} lie one inside the other; choose another --out")
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
-            raise CheckpointError(f"{out} exists; choose another --out, or pass --overwrite to replace a WINA checkpoint")
+            raise CheckpointError(
+                f"{out} exists; choose another --out, or pass --overwrite to replace a WINA checkpoint"
+            )
         if not (target / REPORT).is_file():
-            raise CheckpointError(f"{out} is not a WINA checkpoint, so --overwrite does not replace it; choose another --out")
+            raise CheckpointError(
+                f"{out} is not a WINA checkpoint, so --overwrite does not replace it; choose another --out"
+            )
     elif target.exists() and not target.is_dir():
         raise CheckpointError(f"{out} is a file; choose another --out")
 
@@ -101,8 +105,12 @@ def _publish(staging: Path, target: Path) -> None:
 
 def _unwritable(out: Path, error: OSError) -> CheckpointError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CheckpointError(f"the disk of {out} is full; free some space or choose another --out; nothing was written")
-    return CheckpointError(f"{out} cannot be written ({error.strerror or error}); choose another --out; nothing was written")
+        return CheckpointError(
+            f"the disk of {out} is full; free some space or choose another --out; nothing was written"
+        )
+    return CheckpointError(
+        f"{out} cannot be written ({error.strerror or error}); choose another --out; nothing was written"
+    )
 
 
 def stored_tensors(source: Source, plan: ConversionPlan, keys: Iterable[str]) -> dict[str, Tensor]:
@@ -119,7 +127,9 @@ def stored_tensors(source: Source, plan: ConversionPlan, keys: Iterable[str]) ->
     gated = {f"{projection.key}.weight": projection for projection in plan.projections}
     made: dict[str, Tensor] = {}
     for key, tensor in read_tensors(source.folder, [source.tensors[key] for key in keys]):
-        if tensor.is_floating_point() and not all(torch.isfinite(part).all() for part in tensor.flatten().split(FINITE)):
+        if tensor.is_floating_point() and not all(
+            torch.isfinite(part).all() for part in tensor.flatten().split(FINITE)
+        ):
             raise SourceError(f"tensor {key!r} in {source.folder / source.tensors[key].file} holds NaN or infinity")
         if plan.cast and tensor.is_floating_point():
             tensor = tensor.to(plan.dtype)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -57,7 +58,7 @@ class WinaConfig(QuantizationConfigMixin):
     source: dict[str, Any] = field(default_factory=dict)
     tool_version: str = ""
     format_version: int = FORMAT_VERSION
-    quant_method: str = "wina"
+    quant_method: str = "wina"  # type: ignore[assignment] # the base class knows its own methods only
 
     def __post_init__(self) -> None:
         if self.sparsity is not None:
@@ -71,7 +72,7 @@ class WinaConfig(QuantizationConfigMixin):
             and all(isinstance(point, (int, float)) and math.isfinite(point) for point in grid)
             and grid[0] == 0
             and grid[-1] <= 1
-            and all(a < b for a, b in zip(grid, grid[1:], strict=False))
+            and all(a < b for a, b in pairwise(grid))
         )
         if not ascending:
             raise CheckpointError("quantization_config.grid of config.json is not an ascending list that starts at 0")

@@ -38,6 +38,11 @@ from .text import BUNDLED, HELD_OUT, load_tokenizer, read_documents, sequence_le
 from .thresholds import levels, threshold_curve
 from .verify import verify
 
+# What a dry run assumes to tell the time; the products, most of the work on a large model, it measures.
+DISK_RATE = 5e8  # bytes a second
+SCORE_RATE = 1e8  # activations counted a second
+CALL_SECONDS = 3e-3  # a decoder layer's overhead for a sequence
+
 
 def convert(
     model: str,
@@ -136,7 +141,11 @@ def convert(
         copy_sidecars(source, folder)
         verification = verify(source, plan, folder, held_out, target, batch_size, progress)
         report = {
-            "versions": {"wina-convert": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+            "versions": {
+                "wina-convert": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
             "source": config.source,
             "options": {
                 "sparsity": sparsity,
@@ -198,7 +207,11 @@ def write_tensors(
     del embedded
     with progress("Calibrating", plan.n_layers * len(tokens) * len(states), "sequence") as advance:
         for index, keys in enumerate(by_layer):
-            names = [key.replace(".weight_t", ".weight") for key in keys if not key.endswith((".column_norms", ".thresholds"))]
+            names = [
+                key.replace(".weight_t", ".weight")
+                for key in keys
+                if not key.endswith((".column_norms", ".thresholds"))
+            ]
             tensors = stored_tensors(source, plan, names)
             shards.write(tensors)
             curves = {key: torch.zeros(len(GRID)) for key in keys if key.endswith(".thresholds")}
@@ -226,7 +239,9 @@ def choose_device(device: str) -> torch.device:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise OptionError(f"device is {device!r}, which cannot be used here ({reason}); give auto, cpu or cuda") from error
+        raise OptionError(
+            f"device is {device!r}, which cannot be used here ({reason}); give auto, cpu or cuda"
+        ) from error
     if chosen.type == "meta":
         raise OptionError("device is 'meta', which computes nothing; give auto, cpu or cuda")
     return chosen
@@ -262,22 +277,24 @@ def plan_report(
     source: Source, plan: ConversionPlan, sparsity: float, samples: int, length: int, device: torch.device
 ) -> dict[str, Any]:
     """What a dry run tells: what would be gated, bytes a token before and after, time and disk."""
-    n_levels = len(levels(sparsity))
-    passes = n_levels * (samples + min(PILOT, samples)) + 3 * HELD_OUT
+    calibrated = len(levels(sparsity)) * (samples + min(PILOT, samples))
+    passes = calibrated + 3 * HELD_OUT  # sequences that go through a layer
     layer_weights = sum(spec.numel for spec in source.tensors.values()) - plan.embedding_bytes // plan.dtype.itemsize
-    flops = 2 * layer_weights * length * passes
-    copied = 4 * plan.disk_bytes  # read, written, and both read again for verification
+    scored = calibrated * length * sum(projection.in_features for projection in plan.projections)
+    seconds = (
+        2 * layer_weights * length * passes / matmul_rate(plan, length, device)
+        + scored / SCORE_RATE
+        + plan.n_layers * passes * CALL_SECONDS
+        + 4 * plan.disk_bytes / DISK_RATE  # read, written, and both read again for verification
+    )
     return {
         "source": {"name": source.name, "revision": source.revision},
         "sparsity": sparsity,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "device": str(device),
         **shape_report(plan, sparsity),
-        "seconds": round(flops / matmul_rate(plan, length, device) + copied / DISK_RATE, 1),
+        "seconds": round(seconds, 1),
     }
-
-
-DISK_RATE = 5e8  # bytes a second that a dry run assumes of the disk
 
 
 def matmul_rate(plan: ConversionPlan, length: int, device: torch.device, seconds: float = 0.2) -> float:

@@ -103,7 +103,9 @@ def measure(
     weights = {name: module.in_features * module.out_features for name, module in gated_modules(gated.model).items()}
     inputs = {name: module.in_features * tokens.numel() for name, module in gated_modules(gated.model).items()}
     return [
-        _measurement(sparsity, sums[sparsity], {name: skipped[sparsity][name] / inputs[name] for name in names}, weights)
+        _measurement(
+            sparsity, sums[sparsity], {name: skipped[sparsity][name] / inputs[name] for name in names}, weights
+        )
         for sparsity in sparsities
     ]
 
@@ -171,7 +173,8 @@ def _advance_states(run: Callable[[Tensor], Tensor], states: list[Tensor], advan
 def _counting_skipped(gates: Mapping[str, WinaLinear], skipped: dict[str, int]) -> Iterator[None]:
     def observe(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            assert isinstance(module, WinaLinear) and module.tau is not None
+            assert isinstance(module, WinaLinear)
+            assert module.tau is not None
             skipped[name] += int(dropped(inputs[0], module.tau).sum())
 
         return hook

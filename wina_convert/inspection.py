@@ -73,7 +73,9 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         weights = {name: specs[f"{keys[name]}.weight_t"] for name in names}
         achieved = None
         if held_out:
-            achieved = overall({name: held_out[1][name] for name in names}, {n: spec.numel for n, spec in weights.items()})
+            achieved = overall(
+                {name: held_out[1][name] for name in names}, {n: spec.numel for n, spec in weights.items()}
+            )
         layers.append(
             LayerSummary(
                 layer=layer,

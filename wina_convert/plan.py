@@ -136,7 +136,10 @@ def make_plan(
             tensors.append(TensorSpec(spec.name, stored, spec.shape))
     tensors.append(TensorSpec(f"{chosen[0].key}.weight", torch.float32, (0,)))  # see runtime.loader.sentinel
     path = source.architecture.layers
-    stored_bytes = {spec.name: spec.numel * (compute if dtype != "auto" else spec.dtype).itemsize for spec in source.tensors.values()}
+    stored_bytes = {
+        spec.name: spec.numel * (compute if dtype != "auto" else spec.dtype).itemsize
+        for spec in source.tensors.values()
+    }
     layers: dict[int, int] = {}
     for name, key in keys.items():
         if match := re.match(rf"{re.escape(path)}\.(\d+)\.", name):
@@ -182,10 +185,11 @@ def _projections(
             if type(module) not in (nn.Linear, Conv1D) or not key:
                 raise SourceError(f"{source.name} has no plain weight for {name}; this variant is not supported")
             spec = source.tensors[f"{key}.weight"]
-            if spec.shape != tuple(module.weight.shape):
+            expected = tuple(model.get_parameter(f"{name}.weight").shape)
+            if spec.shape != expected:
                 raise SourceError(
                     f"tensor {spec.name!r} has shape {spec.shape} where config.json asks for "
-                    f"{tuple(module.weight.shape)}; the two do not belong together"
+                    f"{expected}; the two do not belong together"
                 )
             transposed = isinstance(module, Conv1D)
             rows, columns = spec.shape

@@ -50,7 +50,11 @@ def draw_sparsity(path: Path, report: Mapping[str, Any]) -> None:
     for kind, points in kinds.items():
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.2, label=kind)
     axes.axhline(asked, color="black", linestyle="--", linewidth=1.2, label=f"asked {asked:.0%}")
-    axes.set(xlabel="decoder layer", ylabel="fraction of inputs skipped", title="Sparsity achieved on held-out calibration text")
+    axes.set(
+        xlabel="decoder layer",
+        ylabel="fraction of inputs skipped",
+        title="Sparsity achieved on held-out calibration text",
+    )
     axes.xaxis.get_major_locator().set_params(integer=True)
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, asked - 0.05), max(high, asked + 0.05))
@@ -85,7 +89,9 @@ def draw_scores(path: Path, sparsity: float, histograms: Mapping[str, Histograms
         axes.set(xscale="log", title=kind, yticks=[])
     for axes in grid.flat[len(kinds) :]:
         axes.set_visible(False)
-    figure.supxlabel(f"score |x| · column norm; each tick is the threshold at {sparsity:.0%}, dark lines are early layers")
+    figure.supxlabel(
+        f"score |x| · column norm; each tick is the threshold at {sparsity:.0%}, dark lines are early layers"
+    )
     _save(figure, path)
 
 

@@ -10,7 +10,8 @@ Advance = Callable[[int], object]
 class Progress(Protocol):
     """Opens a step; the result of the with-block is called with the number of units done since the last call."""
 
-    def __call__(self, label: str, total: int, unit: str) -> AbstractContextManager[Advance]: ...
+    def __call__(self, label: str, total: int, unit: str) -> AbstractContextManager[Advance]:
+        """Open a step of `total` units."""
 
 
 def silent(label: str, total: int, unit: str) -> AbstractContextManager[Advance]:

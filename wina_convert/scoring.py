@@ -22,7 +22,8 @@ def column_norms(weight_t: Tensor) -> Tensor:
     Returns:
         [in], float32, accumulated in float32.
     """
-    return torch.linalg.vector_norm(weight_t, dim=1, dtype=torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(weight_t, dim=1, dtype=torch.float32)
+    return norms
 
 
 def scores(x: Tensor, norms: Tensor) -> Tensor:

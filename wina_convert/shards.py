@@ -54,10 +54,12 @@ class TensorSpec:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return int(torch.Size(self.shape).numel())
 
     @property
     def nbytes(self) -> int:
+        """Size of the data in bytes."""
         return self.numel * self.dtype.itemsize
 
 
@@ -68,7 +70,9 @@ def spec_from_header(name: str, dtype: str, shape: Iterable[int], file: str) -> 
         SourceError: the dtype is not one this package can copy.
     """
     if dtype not in DTYPES:
-        raise SourceError(f"tensor {name!r} in {file} has dtype {dtype}; convert a checkpoint in float32, bfloat16 or float16")
+        raise SourceError(
+            f"tensor {name!r} in {file} has dtype {dtype}; convert a checkpoint in float32, bfloat16 or float16"
+        )
     return TensorSpec(name, DTYPES[dtype], tuple(shape), file)
 
 
@@ -94,7 +98,9 @@ def read_headers(folder: Path) -> dict[str, TensorSpec]:
                     entry = shard.get_slice(name)
                     specs[name] = spec_from_header(name, entry.get_dtype(), entry.get_shape(), file)
         except SafetensorError as error:
-            raise SourceError(f"{folder / file} is truncated or not safetensors ({error}); download it again") from error
+            raise SourceError(
+                f"{folder / file} is truncated or not safetensors ({error}); download it again"
+            ) from error
     if weight_map is not None:
         wrong = sorted(name for name in weight_map if name not in specs or specs[name].file != weight_map[name])
         if wrong:
@@ -154,7 +160,9 @@ def read_rows(folder: Path, spec: TensorSpec, nbytes: int = 1 << 26) -> Iterator
     step = max(1, nbytes * rows // max(spec.nbytes, 1)) if rows else 1
     try:
         for start in range(0, max(rows, 1), step):
-            with safe_open(folder / spec.file, framework="pt") as shard:  # a file opened anew drops the pages read before
+            with safe_open(
+                folder / spec.file, framework="pt"
+            ) as shard:  # a file opened anew drops the pages read before
                 yield shard.get_slice(spec.name)[start : start + step] if rows else shard.get_tensor(spec.name)
     except (SafetensorError, OSError) as error:
         raise SourceError(f"{folder / spec.file} cannot be read ({error})") from error
@@ -179,7 +187,9 @@ class ShardWriter:
                 max_shard_size=max_shard_size,
             )
         except (ValueError, AttributeError) as error:
-            raise OptionError(f"max shard size is {max_shard_size!r}; give a number of bytes or '500MB', '5GB'") from error
+            raise OptionError(
+                f"max shard size is {max_shard_size!r}; give a number of bytes or '500MB', '5GB'"
+            ) from error
         self.files: dict[str, BinaryIO] = {}
         self.offsets: dict[str, int] = {}
 
@@ -205,9 +215,11 @@ class ShardWriter:
             handle = self.files[self.split.tensor_to_filename[name]]
             handle.seek(self.offsets[name])
             if spec.nbytes:
-                handle.write(memoryview(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()))
+                handle.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 if self.pending:

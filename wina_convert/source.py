@@ -26,7 +26,19 @@ from .shards import TensorSpec, read_headers, spec_from_header
 
 CONFIG = "config.json"
 # weights in other formats, which a conversion neither needs nor copies
-OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite", "*.ot")
+OTHER_WEIGHTS = (
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.gguf",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+    "*.onnx_data",
+    "*.tflite",
+    "*.ot",
+)
 CAUSAL_LM = ("ForCausalLM", "LMHeadModel")
 
 
@@ -82,7 +94,9 @@ def open_source(
     if Path(model).is_dir():
         return _open_folder(Path(model).resolve().name, Path(model), None, trust_remote_code)
     if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise SourceError(f"{model} is not a folder; give the folder that holds config.json, or a Hub id such as org/name")
+        raise SourceError(
+            f"{model} is not a folder; give the folder that holds config.json, or a Hub id such as org/name"
+        )
     try:
         if headers_only:
             return _open_headers(model, revision, token, trust_remote_code)
@@ -159,7 +173,9 @@ def _open_headers(model: str, revision: str | None, token: str | None, trust_rem
     try:
         repo = huggingface_hub.get_safetensors_metadata(model, revision=commit, token=token)
     except NotASafetensorsRepoError as error:
-        raise SourceError(f"{model} has no safetensors weights; ask for them in its discussions, or save it as safetensors") from error
+        raise SourceError(
+            f"{model} has no safetensors weights; ask for them in its discussions, or save it as safetensors"
+        ) from error
     tensors = {
         name: spec_from_header(name, entry.dtype, entry.shape, file)
         for file, metadata in repo.files_metadata.items()
@@ -194,7 +210,9 @@ def _check_config(name: str, config: dict[str, Any]) -> None:
     experts = next((key for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key)), None)
     if model_type not in ARCHITECTURES or experts:
         what = f"a mixture of experts ({model_type})" if experts else f"of family {model_type!r}"
-        raise SourceError(f"{name} is {what}, which is not supported; supported are: {', '.join(sorted(ARCHITECTURES))}")
+        raise SourceError(
+            f"{name} is {what}, which is not supported; supported are: {', '.join(sorted(ARCHITECTURES))}"
+        )
 
 
 def _check_tensors(name: str, tensors: dict[str, TensorSpec]) -> None:

@@ -40,7 +40,8 @@ def build_skeleton(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     except Exception as error:  # whatever transformers makes of a strange config
         reason = " ".join(str(error).split())
         raise SourceError(f"transformers cannot build {source.name} from its config.json: {reason}") from error
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def checkpoint_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:

@@ -65,7 +65,9 @@ def _decode(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start}); give a UTF-8 text file") from error
     if "\0" in text:
-        raise CalibrationError(f"{path} is binary (it has a NUL at character {text.index(chr(0))}); give a UTF-8 text file")
+        raise CalibrationError(
+            f"{path} is binary (it has a NUL at character {text.index(chr(0))}); give a UTF-8 text file"
+        )
     return text
 
 
@@ -75,7 +77,9 @@ def _json_rows(path: Path) -> Iterator[Any]:
             try:
                 yield json.loads(line)
             except ValueError as error:
-                raise CalibrationError(f"{path}, line {number} is not JSON ({error}); give one JSON object a line") from error
+                raise CalibrationError(
+                    f"{path}, line {number} is not JSON ({error}); give one JSON object a line"
+                ) from error
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:
@@ -102,7 +106,9 @@ def _dataset_rows(name: str) -> Iterator[Any]:
     try:
         yield from datasets.load_dataset(dataset, split=split or "train", streaming=True)
     except Exception as error:  # the library raises many kinds
-        raise CalibrationError(f"{name} is neither a file nor a dataset that can be read ({_one_line(error)})") from error
+        raise CalibrationError(
+            f"{name} is neither a file nor a dataset that can be read ({_one_line(error)})"
+        ) from error
 
 
 def _document(row: Any, source: str) -> str:

@@ -5,7 +5,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from ..scoring import cutoffs, threshold_at
 from .kernels import gated_linear
@@ -60,7 +59,7 @@ class WinaLinear(nn.Module):
         """W as a view [out, in], for code that looks at `.weight`."""
         view = self.weight_t.t()
         if getattr(self.weight_t, "_is_hf_initialized", False):
-            view._is_hf_initialized = True  # or transformers would initialise the loaded weight anew, through the view
+            view._is_hf_initialized = True  # type: ignore[attr-defined] # or transformers would initialise the loaded weight anew, through the view
         return view
 
     def set_sparsity(self, sparsity: float) -> None:
@@ -77,16 +76,16 @@ class WinaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the model's dtype."""
-        if self.dense_prefill and x.dim() > 1 and x.shape[-2] > 1:
-            return linear(x, self.weight_t.t(), self.bias)
         tau = self.tau if self.tau is not None else self._cutoffs()
+        if self.dense_prefill and x.dim() > 1 and x.shape[-2] > 1:
+            tau = torch.full_like(tau, -1.0)  # no magnitude is below
         y: Tensor = gated_linear(x, self.weight_t, tau, self.bias)
         return y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before: dict[str, Any] = {name: getattr(self, name) for name in EXACT if getattr(self, name) is not None}
         before = {name: tensor.data for name, tensor in before.items()}  # the base method swaps data in place
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, exact in before.items():
             tensor = getattr(self, name)
             if tensor.dtype != exact.dtype:

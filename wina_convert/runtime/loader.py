@@ -25,7 +25,9 @@ class WinaQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
-            raise CheckpointError("WinaConfig was given for a model that is not a WINA checkpoint; convert it first with wina-convert")
+            raise CheckpointError(
+                "WinaConfig was given for a model that is not a WINA checkpoint; convert it first with wina-convert"
+            )
 
     def update_attn_implementation(self, config: Any) -> Any:
         return accept(config)
@@ -80,7 +82,9 @@ def install(model: nn.Module, config: WinaConfig) -> None:
     """
     linears = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
     for gated in config.modules:
-        matches = [name for name in linears if name == gated or gated.endswith(f".{name}") or name.endswith(f".{gated}")]
+        matches = [
+            name for name in linears if name == gated or gated.endswith(f".{name}") or name.endswith(f".{gated}")
+        ]
         if len(matches) != 1:
             raise CheckpointError(
                 f"config.json gates {gated!r}, which matches {len(matches)} linear projections of this "
@@ -143,9 +147,13 @@ def load(path: str, sparsity: float | None = None, prefill: str | None = None, *
     """
     from transformers import AutoModelForCausalLM  # here, because transformers imports this module
 
-    return AutoModelForCausalLM.from_pretrained(
-        path, quantization_config=WinaConfig(sparsity=sparsity, prefill=prefill), **kwargs
-    )
+    chosen = WinaConfig(sparsity=sparsity, prefill=prefill)
+    if chosen.get_loading_attributes():
+        kwargs["quantization_config"] = chosen
+    model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    if not gated_modules(model):
+        raise CheckpointError(f"{path} is not a WINA checkpoint; make one with `wina-convert {path} --out DIR`")
+    return model
 
 
 def register() -> None:
@@ -155,7 +163,7 @@ def register() -> None:
     auto.register_quantization_config("wina")(WinaConfig)
     auto.register_quantizer("wina")(WinaQuantizer)
     # Lets from_pretrained(DIR, quantization_config=WinaConfig(sparsity=...)) override the stored values ...
-    auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (WinaConfig,)
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (WinaConfig,)  # type: ignore[assignment]
     # ... and keeps transformers from warning about that ordinary use.
     warnings.filterwarnings("ignore", message=r"You passed `quantization_config`.*\['(sparsity|prefill)'")
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 
 
 @torch.library.custom_op("wina::gated_linear", mutates_args=())
@@ -12,13 +12,16 @@ def gated_linear(x: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) 
 
     Args:
         x: [..., in], float32, bfloat16 or float16.
-        weight_t: [in, out], dtype of x, contiguous: an active input reads one contiguous row.
+        weight_t: [in, out], dtype of x, rows contiguous: an active input reads one contiguous row.
         tau: [in], float32, the magnitude each input must exceed.
         bias: [out], dtype of x, or None.
 
     Returns:
         [..., out], dtype of x.
     """
+    half_on_cpu = x.device.type == "cpu" and x.dtype != torch.float32
+    if half_on_cpu:
+        return cpu.gated_linear(x, weight_t, tau, bias)
     return reference.gated_linear(x, weight_t, tau, bias)
 
 
