@@ -1,0 +1,42 @@
+"""Convert models at several sparsities with the bundled calibration text and measure each on other text.
+
+    python tests/benchmarks/quality.py MODEL... --text FILE...
+
+Prints a Markdown table. Perplexity and achieved sparsity are of 64 sequences spread evenly over the texts, which no
+threshold was fitted on.
+"""
+
+import tempfile
+from pathlib import Path
+
+import click
+
+import wina_convert
+from wina_convert.evaluate import evaluate
+from wina_convert.progress import bars
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True)
+@click.option("--text", "texts", multiple=True, required=True, help="Text to measure on; repeat for more.")
+@click.option("--sparsity", "sparsities", multiple=True, type=float, default=(0.25, 0.4, 0.5, 0.65), show_default=True)
+@click.option("--samples", default=64, show_default=True, help="Sequences to measure on.")
+def main(models: tuple[str, ...], texts: tuple[str, ...], sparsities: tuple[float, ...], samples: int) -> None:
+    """Print the table."""
+    click.echo("| model | sparsity asked | achieved | perplexity dense | gated | rise |")
+    click.echo("| --- | --- | --- | --- | --- | --- |")
+    for model in models:
+        for sparsity in sparsities:
+            with tempfile.TemporaryDirectory() as folder:
+                out = str(Path(folder) / "checkpoint")
+                wina_convert.convert(model, out, sparsity=sparsity, progress=bars)
+                (one,) = evaluate(out, texts, [sparsity], source=model, samples=samples, progress=bars)
+            assert one.dense_perplexity is not None
+            click.echo(
+                f"| {Path(model).name} | {sparsity:.0%} | {one.achieved:.2%} | {one.dense_perplexity:.2f} "
+                f"| {one.perplexity:.2f} | {one.perplexity / one.dense_perplexity - 1:+.2%} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
