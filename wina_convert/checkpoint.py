@@ -2,11 +2,12 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .config import INSTALL, WinaConfig, check_sparsity
 from .errors import CheckpointError, SourceError
-from .plan import ConversionPlan
+from .plan import ConversionPlan, compute_dtype
 from .runtime.loader import install
 from .scoring import column_norms
 from .shards import read_headers, read_tensors
@@ -32,7 +33,8 @@ def check_target(out: Path, model: str, overwrite: bool) -> None:
     """Refuse a target that cannot or must not be written, before anything is spent.
 
     Raises:
-        CheckpointError: it exists (without `overwrite`), is not a WINA checkpoint (with it), lies in the source or holds it.
+        CheckpointError: it exists (without `overwrite`), is not a WINA checkpoint (with it), lies in the source or holds it, or
+            the folder it goes into cannot be written.
     """
     target = out.resolve()
     source = Path(model).resolve()
@@ -49,6 +51,9 @@ def check_target(out: Path, model: str, overwrite: bool) -> None:
             )
     elif target.exists() and not target.is_dir():
         raise CheckpointError(f"{out} is a file; choose another --out")
+    nearest = next(parent for parent in target.parents if parent.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise CheckpointError(f"{out} cannot be written: {nearest} is read-only or no folder; choose another --out")
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -73,6 +78,7 @@ def staged(out: Path) -> Iterator[Path]:
         CheckpointError: the folder cannot be written: read-only, full, gone.
     """
     target = out.resolve()
+    new_parents = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".staging", dir=target.parent))
@@ -86,6 +92,9 @@ def staged(out: Path) -> Iterator[Path]:
         raise _unwritable(out, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        for parent in new_parents:
+            with suppress(OSError):
+                parent.rmdir()  # only where the target did not come
 
 
 def _publish(staging: Path, target: Path) -> None:
@@ -144,15 +153,19 @@ def stored_tensors(source: Source, plan: ConversionPlan, keys: Iterable[str]) ->
 
 
 def write_config(folder: Path, source: Source, config: WinaConfig, plan: ConversionPlan) -> None:
-    """Write the source's config.json with our block added; the rest of the text stays as it is, but for a chosen dtype."""
+    """Write the source's config.json with our block added; the rest of its text stays, but for a dtype chosen anew.
+
+    A source without a dtype gets one: transformers would guess it from the float32 column norms.
+    """
     text = source.config_text.rstrip()
-    if plan.cast:
-        name = str(plan.dtype).removeprefix("torch.")
-        text, replaced = re.subn(r'("(?:torch_)?dtype"\s*:\s*)(?:"[^"]*"|null)', rf'\g<1>"{name}"', text)
-        if not replaced:
-            text = f'{{\n  "dtype": "{name}",{text.removeprefix("{")}'
+    dtype = str(plan.dtype).removeprefix("torch.")
+    named = r'("(?:torch_)?dtype"\s*:\s*)(?:"[^"]*"|null)'
+    block: dict[str, Any] = {"transformers_weights": INSTALL, "quantization_config": config.to_dict()}
+    if not (source.config.get("dtype") or source.config.get("torch_dtype")):
+        block = {"dtype": dtype} | block
+    elif plan.cast:
+        text = re.sub(named, rf'\g<1>"{dtype}"', text)
     body = text.removesuffix("}").rstrip()
-    block = {"transformers_weights": INSTALL, "quantization_config": config.to_dict()}
     ours = json.dumps(block, indent=2, ensure_ascii=False).removeprefix("{")
     (folder / CONFIG).write_text(body + ("," if body != "{" else "") + ours + "\n", "utf-8")
 
@@ -178,11 +191,9 @@ class Checkpoint:
 
     def stream(self, device: torch.device) -> StreamedModel:
         """The gated model, one decoder layer at a time."""
-        source = self.source
-        name = str(source.config.get("dtype") or source.config.get("torch_dtype"))
-        embedding = next(spec.dtype for spec in source.tensors.values() if spec.dtype.is_floating_point and spec.numel)
-        dtype = getattr(torch, name, embedding)
-        return gated_stream(source, self.config, dtype, source.tensors, lambda keys: self.read(keys), device)
+        return gated_stream(
+            self.source, self.config, compute_dtype(self.source), self.source.tensors, self.read, device
+        )
 
     def gated_keys(self) -> dict[str, str]:
         """Checkpoint key of every gated projection, by its module name.

@@ -124,7 +124,7 @@ def convert(
         prefill="gated",
         modules=[projection.name for projection in plan.projections],
         calibration={
-            "text": calibration if calibration == BUNDLED else Path(calibration).name,
+            "text": Path(calibration).name if Path(calibration).is_file() else calibration,
             "samples": len(tokens),
             "seq_len": length,
             "seed": seed,

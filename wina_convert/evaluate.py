@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .checkpoint import dense_stream, open_checkpoint
 from .config import check_sparsity
+from .errors import SourceError
 from .plan import make_plan
 from .progress import Advance, Progress, silent
 from .runtime.linear import WinaLinear, gated_modules
@@ -153,9 +154,16 @@ def evaluate(
         original = open_source(source, revision, token)
         dense = dense_stream(original, make_plan(original), device)
     gated = checkpoint.stream(device)
+    if dense is not None and _shape(dense) != _shape(gated):
+        raise SourceError(f"{source} is not the model that {folder} was made from; give that one as the source")
     steps = len(gated.layers) * len(tokens) * (len(asked) + (dense is not None))
     with progress("Evaluating", steps, "sequence") as advance:
         return measure(gated, tokens, asked, dense, batch_size, advance=advance)
+
+
+def _shape(model: StreamedModel) -> tuple[int, torch.Size]:
+    embedding = next(model.model.get_input_embeddings().parameters())
+    return len(model.layers), embedding.shape
 
 
 def overall(fractions: Mapping[str, float], weights: Mapping[str, int]) -> float:

@@ -53,18 +53,23 @@ class ScoreHistogram:
         before = float(cumulative[k - 1])
         return low + (high - low) * (float(target) - before) / float(self.counts[k])
 
-    def densities(self, edges: Tensor) -> Tensor:
-        """Fraction of the counted scores between consecutive edges, [E] ascending float64 -> [E - 1]; for pictures."""
-        below = torch.searchsorted(_lower_edges(), edges)
-        cumulative = torch.cat([torch.zeros(1, dtype=torch.int64), self.counts.cpu().cumsum(0)]).double()
-        return cumulative[below].diff() / cumulative[-1]
+    def density(self, group: int = 16) -> tuple[Tensor, Tensor]:
+        """The distribution of the positive scores, for pictures.
+
+        Args:
+            group: bins taken together; 128 bins are a factor of 2.
+
+        Returns:
+            centres of the groups that hold any score and the fraction of scores per factor of 2 there, [G] float64 each.
+        """
+        edges = (torch.arange(0, INFINITY_BIN + 1, group, dtype=torch.int32) << 16).view(torch.float32).double()
+        counts = self.counts[:INFINITY_BIN].cpu().view(-1, group).sum(1).double()
+        seen = (counts > 0) & (edges[:-1] > 0)
+        low, high = edges[:-1][seen], edges[1:][seen]
+        return (low * high).sqrt(), counts[seen] / counts.sum() / (high / low).log2()
 
 
 def bin_edges(k: int) -> tuple[float, float]:
     """Smallest and next-after-largest score of bin k."""
     low, high = (torch.tensor([k, k + 1], dtype=torch.int32) << 16).view(torch.float32).tolist()
     return low, high
-
-
-def _lower_edges() -> Tensor:
-    return (torch.arange(BINS, dtype=torch.int32) << 16).view(torch.float32).double().nan_to_num(nan=float("inf"))

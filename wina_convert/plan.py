@@ -121,7 +121,7 @@ def make_plan(
         OptionError: a pattern matches nothing, nothing is left to gate, or the dtype is unknown.
         SourceError: the checkpoint does not hold the model that its config describes.
     """
-    compute = _compute_dtype(source, dtype)
+    compute = compute_dtype(source, dtype)
     model = build_skeleton(source, compute)
     keys = checkpoint_keys(model, source.tensors)
     projections = _projections(source, model, keys, compute if dtype != "auto" else None)
@@ -158,12 +158,17 @@ def make_plan(
     )
 
 
-def _compute_dtype(source: Source, dtype: str) -> torch.dtype:
-    """The dtype `from_pretrained(dtype="auto")` computes in, or the chosen one."""
+def compute_dtype(source: Source, dtype: str = "auto") -> torch.dtype:
+    """The dtype that config.json names, or that of the largest tensor; or the chosen one.
+
+    Raises:
+        OptionError: the chosen one is unknown.
+        SourceError: the source's is not supported.
+    """
     if dtype == "auto":
         named = source.config.get("dtype") or source.config.get("torch_dtype")
-        floating = next(spec.dtype for spec in source.tensors.values() if spec.dtype.is_floating_point)
-        compute = FLOATS.get(str(named), floating)
+        floating = [spec for spec in source.tensors.values() if spec.dtype.is_floating_point]
+        compute = FLOATS.get(str(named), max(floating, key=lambda spec: spec.numel).dtype)
         if compute not in FLOATS.values():
             raise SourceError(f"{source.name} is in {compute}; pass --dtype float32, bfloat16 or float16")
         return compute

@@ -4,15 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .calibrate import Histograms
 from .errors import OptionError
 from .histogram import ScoreHistogram
 
 SPARSITY_PNG = "wina_sparsity.png"
 SCORES_PNG = "wina_scores.png"
-BINS = 120
 
 
 def check_available() -> None:
@@ -55,6 +52,7 @@ def draw_sparsity(path: Path, report: Mapping[str, Any]) -> None:
         ylabel="fraction of inputs skipped",
         title="Sparsity achieved on held-out calibration text",
     )
+    axes.yaxis.set_major_formatter(lambda value, position: f"{value:.0%}")
     axes.xaxis.get_major_locator().set_params(integer=True)
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, asked - 0.05), max(high, asked + 0.05))
@@ -78,14 +76,12 @@ def draw_scores(path: Path, sparsity: float, histograms: Mapping[str, Histograms
     for axes, (kind, members) in zip(grid.flat, kinds.items(), strict=False):
         for layer, histogram in members:
             color = colormaps["viridis"](layer / max(len(members) - 1, 1))
-            low, high = max(histogram.quantile(0.001), 1e-12), max(histogram.quantile(1.0), 1e-11)
-            edges = torch.logspace(torch.tensor(low).log10(), torch.tensor(high).log10(), BINS + 1, dtype=torch.float64)
-            density = histogram.densities(edges)
-            centres = (edges[:-1] * edges[1:]).sqrt()
-            axes.plot(centres.tolist(), density.tolist(), color=color, linewidth=0.9)
+            centres, density = histogram.density()
+            shown = centres > histogram.quantile(0.002)
+            axes.plot(centres[shown].tolist(), density[shown].tolist(), color=color, linewidth=1)
             threshold = histogram.quantile(sparsity)
             height = float(density[int((centres - threshold).abs().argmin())])
-            axes.plot([threshold], [height], marker="|", markersize=12, color=color)
+            axes.plot([threshold], [height], marker="|", markersize=16, markeredgewidth=2, color=color)
         axes.set(xscale="log", title=kind, yticks=[])
     for axes in grid.flat[len(kinds) :]:
         axes.set_visible(False)

@@ -30,7 +30,8 @@ def build_skeleton(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     """
     try:
         if source.trust_remote_code and "auto_map" in source.config:
-            config = AutoConfig.from_pretrained(source.folder, trust_remote_code=True)
+            place = source.folder if source.folder.is_absolute() or source.revision is None else source.name
+            config = AutoConfig.from_pretrained(place, revision=source.revision, trust_remote_code=True)
         else:
             config = CONFIG_MAPPING[source.config["model_type"]].from_dict(source.config)
         with torch.device("meta"):
