@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import signal
 import sys
 import time
@@ -236,12 +237,9 @@ def inspect_command(folder: str, as_json: bool) -> None:
 @device_option
 @click.option("--revision", help="Branch, tag or commit of the source.")
 @click.option("--token", help="Hub access token.  [default: that of `hf auth login`]")
-@click.option("--projections", is_flag=True, help="Also print the sparsity of every projection.")
 @quiet_option
 @json_option
-def eval_command(
-    folder: str, device: str, projections: bool, quiet: bool, as_json: bool, texts: Sequence[str], **options: Any
-) -> None:
+def eval_command(folder: str, device: str, quiet: bool, as_json: bool, texts: Sequence[str], **options: Any) -> None:
     """Measure a checkpoint on text: perplexity, KL and agreement with the dense source, achieved sparsity.
 
     \b
@@ -266,15 +264,20 @@ def eval_command(
         rows.append(row)
     click.echo(f"{measured[0].tokens} predicted tokens of {', '.join(texts)}\n")
     click.echo(_table(rows))
-    if projections:
-        names = measured[0].projections
-        click.echo()
-        click.echo(
-            _table(
-                [["projection", *(f"{one.sparsity:.1%}" for one in measured)]]
-                + [[name, *(f"{one.projections[name]:.2%}" for one in measured)] for name in names]
-            )
-        )
+    for one in measured:
+        click.echo(f"\nachieved by projection at {one.sparsity:.1%}\n")
+        click.echo(_table(_by_layer({name: f"{fraction:.1%}" for name, fraction in one.projections.items()})))
+
+
+def _by_layer(cells: dict[str, str]) -> list[list[str]]:
+    """A row for each decoder layer and a column for each kind of projection, from module names to cells."""
+    layers: dict[str, dict[str, str]] = {}
+    for name, cell in cells.items():
+        _, layer, kind = re.split(r"\.(\d+)\.", name, maxsplit=1)
+        layers.setdefault(layer, {})[kind] = cell
+    kinds = list(dict.fromkeys(kind for row in layers.values() for kind in row))
+    header = ["layer", *(kind.rpartition(".")[2] for kind in kinds)]
+    return [header, *([layer, *(row.get(kind, "-") for kind in kinds)] for layer, row in layers.items())]
 
 
 @wina.command("generate")

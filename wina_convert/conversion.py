@@ -195,17 +195,17 @@ def write_tensors(
     keys_of = {projection.name: projection.key for projection in plan.projections}
     by_layer = [model.layer_keys(index) for index in range(plan.n_layers)]
     inside = {key for keys in by_layer for key in keys}
+    outside = [key for key in source.tensors if key not in inside and f"{key}_t" not in inside]
     kept: dict[str, Histograms] = {}
-    with progress("Writing", plan.disk_bytes, "B") as advance:
-        for key in source.tensors:
-            if key not in inside and f"{key}_t" not in inside:
-                shards.write(stored := stored_tensors(source, plan, [key]))
-                advance(sum(tensor.nbytes for tensor in stored.values()))
+    with progress("Writing embeddings", sum(source.tensors[key].nbytes for key in outside), "B") as advance:
+        for key in outside:
+            shards.write(stored_tensors(source, plan, [key]))
+            advance(source.tensors[key].nbytes)
         shards.write({plan.sentinel: sentinel()})
     embedded = model.embed(tokens.split(batch_size))
     states = {level: list(embedded) for level in config.calibration["levels"]}
     del embedded
-    with progress("Calibrating", plan.n_layers * len(tokens) * len(states), "sequence") as advance:
+    with progress("Calibrating and writing layers", plan.n_layers * len(tokens) * len(states), "sequence") as advance:
         for index, keys in enumerate(by_layer):
             names = [
                 key.replace(".weight_t", ".weight")
