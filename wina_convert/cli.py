@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import signal
 import sys
 import time
@@ -12,6 +11,7 @@ from typing import Any
 import click
 
 from . import __version__
+from .display import by_layer, plan_text, report_text, table
 from .errors import WinaError
 from .progress import Progress, bars, lines, silent
 
@@ -156,9 +156,9 @@ def _convert(out: str, quiet: bool, as_json: bool, dry_run: bool, **options: Any
     if as_json:
         click.echo(json.dumps(report, indent=2, ensure_ascii=False))
     elif dry_run:
-        click.echo(_plan_text(report, out))
+        click.echo(plan_text(report, out))
     elif not quiet:
-        click.echo(_report_text(report, out, time.perf_counter() - start))
+        click.echo(report_text(report, out, time.perf_counter() - start))
 
 
 def _with_options(function: Callable[..., Any], options: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
@@ -215,7 +215,7 @@ def inspect_command(folder: str, as_json: bool) -> None:
     measured = "" if found.measured_at is None else f", achieved as measured at {found.measured_at:.0%} at conversion"
     click.echo(f"{found.name}: {found.source}, scheme {found.scheme}, default sparsity {found.sparsity:.1%}")
     click.echo(f"thresholds and bytes at the default sparsity{measured}; not gated: {found.other_bytes / 1e6:.2f} MB\n")
-    click.echo(_table(rows))
+    click.echo(table(rows))
 
 
 @wina.command("eval")
@@ -263,21 +263,10 @@ def eval_command(folder: str, device: str, quiet: bool, as_json: bool, texts: Se
             row += [f"{one.dense_perplexity:.3f}", f"{rise:+.2%}", f"{one.kl:.4f}", f"{one.agreement:.1%}"]
         rows.append(row)
     click.echo(f"{measured[0].tokens} predicted tokens of {', '.join(texts)}\n")
-    click.echo(_table(rows))
+    click.echo(table(rows))
     for one in measured:
         click.echo(f"\nachieved by projection at {one.sparsity:.1%}\n")
-        click.echo(_table(_by_layer({name: f"{fraction:.1%}" for name, fraction in one.projections.items()})))
-
-
-def _by_layer(cells: dict[str, str]) -> list[list[str]]:
-    """A row for each decoder layer and a column for each kind of projection, from module names to cells."""
-    layers: dict[str, dict[str, str]] = {}
-    for name, cell in cells.items():
-        _, layer, kind = re.split(r"\.(\d+)\.", name, maxsplit=1)
-        layers.setdefault(layer, {})[kind] = cell
-    kinds = list(dict.fromkeys(kind for row in layers.values() for kind in row))
-    header = ["layer", *(kind.rpartition(".")[2] for kind in kinds)]
-    return [header, *([layer, *(row.get(kind, "-") for kind in kinds)] for layer, row in layers.items())]
+        click.echo(table(by_layer({name: f"{fraction:.1%}" for name, fraction in one.projections.items()})))
 
 
 @wina.command("generate")
@@ -325,66 +314,3 @@ def retarget_command(folder: str, sparsity: float) -> None:
 
     retarget(folder, sparsity)
     click.echo(f"{folder}: default sparsity is now {sparsity:.1%}")
-
-
-def _report_text(report: dict[str, Any], out: str, seconds: float) -> str:
-    held_out = report["verification"]["held_out"]
-    rise = held_out["perplexity"] / held_out["dense_perplexity"] - 1
-    size = report["bytes_per_token"]
-    return "\n".join(
-        [
-            f"Wrote {out} in {_duration(seconds)}: {len(report['projections'])} gated projections in {report['layers']} layers",
-            f"  sparsity      asked {held_out['sparsity']:.1%}, achieved {held_out['achieved']:.2%} on held-out text",
-            f"  perplexity    dense {held_out['dense_perplexity']:.2f}, gated {held_out['perplexity']:.2f} ({rise:+.1%})",
-            f"  bytes/token   {_size(size['dense'])} -> {_size(size['gated'])} ({size['gated'] / size['dense'] - 1:+.0%})",
-            f'Try it: wina generate {out} --prompt "Once upon a time"',
-        ]
-    )
-
-
-def _plan_text(plan: dict[str, Any], out: str) -> str:
-    size = plan["bytes_per_token"]
-    kinds: dict[tuple[str, int, int], int] = {}
-    for name, shape in plan["projections"].items():
-        kind = ".".join(part for part in name.split(".")[-2:])
-        key = (kind, shape["in_features"], shape["out_features"])
-        kinds[key] = kinds.get(key, 0) + 1
-    rows = [["gated projection", "inputs", "outputs", "layers"]]
-    rows += [[kind, str(inputs), str(outputs), str(count)] for (kind, inputs, outputs), count in kinds.items()]
-    return "\n".join(
-        [
-            f"Plan for {plan['source']['name']} ({plan['dtype']} on {plan['device']}), nothing was touched\n",
-            _table(rows),
-            "",
-            f"  bytes/token   {_size(size['dense'])} -> {_size(size['gated'])} at {plan['sparsity']:.1%} sparsity "
-            f"({size['gated'] / size['dense'] - 1:+.0%})",
-            f"  disk          {_size(plan['disk_bytes'])} in {out}",
-            f"  time          about {_duration(plan['seconds'])}, the download aside",
-        ]
-    )
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell, the first to the left and the rest to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-
-
-def _size(count: float) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count:.0f} B"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

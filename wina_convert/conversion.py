@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from . import __version__
 from . import plot as pictures
-from .calibrate import PILOT, Histograms, calibrate_layer
+from .calibrate import Histograms, calibrate_layer
 from .card import write_card
 from .checkpoint import (
     REPORT,
@@ -28,6 +27,7 @@ from .checkpoint import (
 )
 from .config import GRID, WinaConfig, check_sparsity
 from .errors import CalibrationError, OptionError
+from .estimate import plan_report, shape_report
 from .plan import ConversionPlan, make_plan
 from .progress import Progress, silent
 from .runtime.linear import gated_modules
@@ -37,11 +37,6 @@ from .source import Source, open_source
 from .text import BUNDLED, HELD_OUT, load_tokenizer, read_documents, sequence_length, sequences, split
 from .thresholds import levels, threshold_curve
 from .verify import verify
-
-# What a dry run assumes to tell the time; the products, most of the work on a large model, it measures.
-DISK_RATE = 5e8  # bytes a second
-SCORE_RATE = 1e8  # activations counted a second
-CALL_SECONDS = 3e-3  # a decoder layer's overhead for a sequence
 
 
 def convert(
@@ -258,53 +253,3 @@ def check_vocabulary(tokens: Tensor, source: Source) -> None:
         raise CalibrationError(
             f"the tokenizer gives token {int(tokens.max())} and {source.name} has {size}; put the model's own tokenizer beside it"
         )
-
-
-def shape_report(plan: ConversionPlan, sparsity: float) -> dict[str, Any]:
-    """The part of a report that the plan alone decides."""
-    return {
-        "layers": plan.n_layers,
-        "bytes_per_token": {"dense": plan.dense_bytes_per_token, "gated": plan.bytes_per_token(sparsity)},
-        "disk_bytes": plan.disk_bytes,
-        "projections": {
-            projection.name: {"in_features": projection.in_features, "out_features": projection.out_features}
-            for projection in plan.projections
-        },
-    }
-
-
-def plan_report(
-    source: Source, plan: ConversionPlan, sparsity: float, samples: int, length: int, device: torch.device
-) -> dict[str, Any]:
-    """What a dry run tells: what would be gated, bytes a token before and after, time and disk."""
-    calibrated = len(levels(sparsity)) * (samples + min(PILOT, samples))
-    passes = calibrated + 3 * HELD_OUT  # sequences that go through a layer
-    layer_weights = sum(spec.numel for spec in source.tensors.values()) - plan.embedding_bytes // plan.dtype.itemsize
-    scored = calibrated * length * sum(projection.in_features for projection in plan.projections)
-    seconds = (
-        2 * layer_weights * length * passes / matmul_rate(plan, length, device)
-        + scored / SCORE_RATE
-        + plan.n_layers * passes * CALL_SECONDS
-        + 4 * plan.disk_bytes / DISK_RATE  # read, written, and both read again for verification
-    )
-    return {
-        "source": {"name": source.name, "revision": source.revision},
-        "sparsity": sparsity,
-        "dtype": str(plan.dtype).removeprefix("torch."),
-        "device": str(device),
-        **shape_report(plan, sparsity),
-        "seconds": round(seconds, 1),
-    }
-
-
-def matmul_rate(plan: ConversionPlan, length: int, device: torch.device, seconds: float = 0.2) -> float:
-    """Measured FLOP a second of a product like the model's, for the time a dry run expects."""
-    widest = max(plan.projections, key=lambda projection: projection.weights)
-    x = torch.ones(length, widest.in_features, dtype=plan.dtype, device=device)
-    weight = torch.ones(min(widest.out_features, 4096), widest.in_features, dtype=plan.dtype, device=device)
-    torch.nn.functional.linear(x, weight).sum().item()
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        torch.nn.functional.linear(x, weight).sum().item()
-        count += 1
-    return count * 2 * x.shape[0] * weight.numel() / (time.perf_counter() - start)

@@ -1,0 +1,83 @@
+"""Reports and tables as text for a terminal; the command line prints them."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+
+def report_text(report: dict[str, Any], out: str, seconds: float) -> str:
+    """What a conversion came to."""
+    held_out = report["verification"]["held_out"]
+    rise = held_out["perplexity"] / held_out["dense_perplexity"] - 1
+    reads = report["bytes_per_token"]
+    return "\n".join(
+        [
+            f"Wrote {out} in {duration(seconds)}: {len(report['projections'])} gated projections in {report['layers']} layers",
+            f"  sparsity      asked {held_out['sparsity']:.1%}, achieved {held_out['achieved']:.2%} on held-out text",
+            f"  perplexity    dense {held_out['dense_perplexity']:.2f}, gated {held_out['perplexity']:.2f} ({rise:+.1%})",
+            f"  bytes/token   {size(reads['dense'])} -> {size(reads['gated'])} ({reads['gated'] / reads['dense'] - 1:+.0%})",
+            f'Try it: wina generate {out} --prompt "Once upon a time"',
+        ]
+    )
+
+
+def plan_text(plan: dict[str, Any], out: str) -> str:
+    """What a dry run tells."""
+    reads = plan["bytes_per_token"]
+    kinds: dict[tuple[str, int, int], int] = {}
+    for name, shape in plan["projections"].items():
+        kind = ".".join(part for part in name.split(".")[-2:])
+        key = (kind, shape["in_features"], shape["out_features"])
+        kinds[key] = kinds.get(key, 0) + 1
+    rows = [["gated projection", "inputs", "outputs", "layers"]]
+    rows += [[kind, str(inputs), str(outputs), str(count)] for (kind, inputs, outputs), count in kinds.items()]
+    return "\n".join(
+        [
+            f"Plan for {plan['source']['name']} ({plan['dtype']} on {plan['device']}), nothing was touched\n",
+            table(rows),
+            "",
+            f"  bytes/token   {size(reads['dense'])} -> {size(reads['gated'])} at {plan['sparsity']:.1%} sparsity "
+            f"({reads['gated'] / reads['dense'] - 1:+.0%})",
+            f"  disk          {size(plan['disk_bytes'])} in {out}",
+            f"  time          about {duration(plan['seconds'])}, the download aside",
+        ]
+    )
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell, the first to the left and the rest to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def size(count: float) -> str:
+    """A number of bytes in decimal multiples."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit one would say it in."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def by_layer(cells: dict[str, str]) -> list[list[str]]:
+    """A row for each decoder layer and a column for each kind of projection, from module names to cells."""
+    layers: dict[str, dict[str, str]] = {}
+    for name, cell in cells.items():
+        _, layer, kind = re.split(r"\.(\d+)\.", name, maxsplit=1)
+        layers.setdefault(layer, {})[kind] = cell
+    kinds = list(dict.fromkeys(kind for row in layers.values() for kind in row))
+    header = ["layer", *(kind.rpartition(".")[2] for kind in kinds)]
+    return [header, *([layer, *(row.get(kind, "-") for kind in kinds)] for layer, row in layers.items())]
