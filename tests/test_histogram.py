@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wina_convert.errors import CalibrationError
@@ -27,6 +27,7 @@ def histogram(values: object) -> ScoreHistogram:
 
 
 @given(any_scores)
+@settings(deadline=None)
 def test_every_score_is_counted_on_the_bfloat16_below_it(values):
     counts = histogram(values).counts
     assert counts.sum() == len(values)
@@ -36,13 +37,14 @@ def test_every_score_is_counted_on_the_bfloat16_below_it(values):
 
 
 def test_bins_are_bfloat16_values_at_most_0_8_percent_wide():
-    for k in range(128, 0x7F80):  # the normal, finite ones
+    for k in range(128, 0x7F7F, 7):  # the normal ones, but the last, which ends at infinity
         low, high = bin_edges(k)
         assert low == torch.tensor(low, dtype=torch.bfloat16).item()
         assert 0 < high - low <= RESOLUTION * low
 
 
 @given(st.lists(any_scores, min_size=1, max_size=5), st.randoms())
+@settings(deadline=None)
 def test_counts_do_not_depend_on_the_order_or_the_division_of_the_work(batches, random):
     whole = histogram([value for batch in batches for value in batch])
     parts = [histogram(batch) for batch in batches]
@@ -63,12 +65,12 @@ def test_any_shape_and_memory_order_counts_alike():
 
 
 @given(seeds, st.integers(1, 3000), st.floats(0.1, 3), st.floats(0.01, 0.99))
+@settings(deadline=None)
 def test_a_quantile_is_that_of_the_raw_scores_within_a_bin(seed, n, spread, sparsity):
     values = draw(seed, n, spread)
     found = histogram(values).quantile(sparsity)
-    # Between two scores any answer skips the same fraction.
-    low, high = (np.quantile(values, sparsity, method=method) for method in ("inverted_cdf", "higher"))
-    low = min(low, np.quantile(values, sparsity, method="lower"))
+    # Between two neighbouring scores any answer skips the same fraction.
+    low, high = (np.quantile(values, sparsity, method=method) for method in ("lower", "higher"))
     assert low * (1 - RESOLUTION) <= found <= high * (1 + RESOLUTION)
 
 
@@ -81,6 +83,7 @@ def test_a_quantile_of_many_scores_skips_the_fraction_asked(sparsity):
 
 
 @given(seeds, st.integers(1, 500))
+@settings(deadline=None)
 def test_quantiles_do_not_fall_as_the_sparsity_rises(seed, n):
     counts = histogram(draw(seed, n))
     found = [counts.quantile(sparsity) for sparsity in np.linspace(0, 0.95, 39)]
@@ -89,6 +92,7 @@ def test_quantiles_do_not_fall_as_the_sparsity_rises(seed, n):
 
 
 @given(st.integers(1, 100), st.floats(0, 0.95))
+@settings(deadline=None)
 def test_scores_that_are_all_zero_need_no_threshold(n, sparsity):
     assert histogram([0.0] * n).quantile(sparsity) == 0
 
@@ -101,6 +105,7 @@ def test_where_zeros_alone_reach_the_sparsity_the_threshold_is_zero():
 
 
 @given(st.floats(2**-100, 2**100, width=32), st.integers(1, 50), st.floats(0.01, 0.95))
+@settings(deadline=None)
 def test_constant_scores_have_the_constant_as_every_quantile(value, n, sparsity):
     assert histogram([value] * n).quantile(sparsity) == pytest.approx(value, rel=RESOLUTION)
 
@@ -131,13 +136,9 @@ def test_more_scores_than_fit_a_chunk_are_all_counted(monkeypatch):
     assert torch.equal(histogram(values).counts, torch.from_numpy(np.bincount(bins, minlength=BINS)))
 
 
-@given(seeds, st.integers(1, 400), st.integers(2, 20))
-def test_densities_are_the_fractions_between_the_edges(seed, n, edges):
-    values = draw(seed, n)
-    # Edges on bins, where the counts are exact.
-    at = np.unique(np.quantile(values, np.linspace(0, 1, edges)).astype(np.float32).view(np.uint32) >> 16)
-    assume(len(at) > 1)
-    limits = (at.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    expected = [((low <= values) & (values < high)).mean() for low, high in zip(limits, limits[1:], strict=False)]
-    found = histogram(values).densities(torch.from_numpy(limits))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+def test_the_density_of_log_uniform_scores_is_flat():
+    values = torch.from_numpy(2.0 ** np.random.default_rng(3).uniform(-4, 4, 200_000)).float()
+    centres, density = histogram(values).density()
+    inside = (centres > 2**-3.8) & (centres < 2**3.8)
+    assert float((density[inside] - 1 / 8).abs().max()) < 0.02
+    assert bool((centres[1:] > centres[:-1]).all())

@@ -20,6 +20,7 @@ def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.T
 
 
 @given(seeds, sizes, sizes, dtypes)
+@settings(deadline=None)
 def test_a_column_norm_is_the_l2_norm_of_a_column_of_the_weight(seed, n_in, n_out, dtype):
     weight = randn(seed, n_out, n_in, dtype=dtype)
     norms = column_norms(weight.t().contiguous())
@@ -30,10 +31,11 @@ def test_a_column_norm_is_the_l2_norm_of_a_column_of_the_weight(seed, n_in, n_ou
 
 def test_column_norms_of_float16_weights_do_not_overflow():
     weight_t = torch.full((2, 4), 60_000.0, dtype=torch.float16)  # the sum of squares is far outside float16
-    torch.testing.assert_close(column_norms(weight_t), torch.full((2,), 119_936.0))  # 60000 rounds to 59968
+    torch.testing.assert_close(column_norms(weight_t), torch.full((2,), 120_000.0))
 
 
 @given(seeds, sizes, dtypes)
+@settings(deadline=None)
 def test_a_score_is_magnitude_times_norm_in_float32(seed, n_in, dtype):
     x, norms = randn(seed, 3, n_in, dtype=dtype), randn(seed + 1, n_in).abs()
     found = scores(x, norms)
@@ -49,6 +51,7 @@ def test_a_score_beyond_float16_is_finite_and_ordered():
 
 
 @given(seeds, sizes, dtypes, thresholds)
+@settings(deadline=None)
 def test_an_input_is_dropped_when_its_score_is_at_most_the_threshold(seed, n_in, dtype, threshold):
     x, norms = randn(seed, 2, n_in, dtype=dtype), randn(seed + 1, n_in).abs() + 2**-10
     mask = dropped(x, cutoffs(torch.tensor(threshold), norms))
@@ -58,6 +61,7 @@ def test_an_input_is_dropped_when_its_score_is_at_most_the_threshold(seed, n_in,
 
 
 @given(seeds, sizes, dtypes, st.integers(-20, 20))
+@settings(deadline=None)
 def test_an_exact_tie_is_dropped_and_its_next_larger_value_kept(seed, n_in, dtype, exponent):
     norms = 2.0 ** torch.randint(-10, 10, (n_in,), generator=torch.Generator().manual_seed(seed))
     threshold = torch.tensor(2.0**exponent) * norms.max()
@@ -71,6 +75,7 @@ def test_an_exact_tie_is_dropped_and_its_next_larger_value_kept(seed, n_in, dtyp
 
 
 @given(seeds, sizes, dtypes)
+@settings(deadline=None)
 def test_threshold_zero_changes_nothing(seed, n_in, dtype):
     x, norms = randn(seed, 3, n_in, dtype=dtype), randn(seed + 1, n_in).abs()
     norms[::3] = 0
@@ -89,6 +94,7 @@ def test_threshold_zero_keeps_the_smallest_subnormal(dtype):
 
 
 @given(st.floats(2**-20, 2**20, width=32), dtypes)
+@settings(deadline=None)
 def test_a_column_of_zeros_is_dropped_and_does_not_disturb_the_others(threshold, dtype):
     tau = cutoffs(torch.tensor(threshold), torch.tensor([0.0, 1.0]))
     assert not tau.isnan().any()
@@ -113,6 +119,7 @@ def test_an_infinity_is_kept_at_a_finite_threshold(dtype):
 
 
 @given(seeds, sizes, dtypes, thresholds)
+@settings(deadline=None)
 def test_gating_zeroes_what_is_dropped_and_passes_the_rest_bit_for_bit(seed, n_in, dtype, threshold):
     x, norms = randn(seed, 2, 3, n_in, dtype=dtype), randn(seed + 1, n_in).abs()
     tau = cutoffs(torch.tensor(threshold), norms)
@@ -124,6 +131,7 @@ def test_gating_zeroes_what_is_dropped_and_passes_the_rest_bit_for_bit(seed, n_i
 
 
 @given(seeds, sizes, dtypes, thresholds)
+@settings(deadline=None)
 def test_a_float16_or_bfloat16_magnitude_is_compared_in_float32(seed, n_in, dtype, threshold):
     x = randn(seed, n_in, dtype=dtype)
     tau = torch.nextafter(x.float().abs(), torch.tensor(0.0))  # the largest float32 below: lost in half precision
@@ -132,6 +140,7 @@ def test_a_float16_or_bfloat16_magnitude_is_compared_in_float32(seed, n_in, dtyp
 
 
 @given(seeds, st.integers(2, 30), st.data())
+@settings(deadline=None)
 def test_a_threshold_is_interpolated_linearly_between_grid_points(seed, points, data):
     rng = np.random.default_rng(seed)
     grid = np.concatenate([[0.0], np.sort(rng.uniform(0.01, 0.95, points - 1))])
@@ -144,7 +153,7 @@ def test_a_threshold_is_interpolated_linearly_between_grid_points(seed, points, 
 
 
 @given(seeds, st.integers(2, 30))
-@settings(max_examples=30)
+@settings(deadline=None, max_examples=30)
 def test_a_threshold_at_a_grid_point_is_the_stored_one_exactly(seed, points):
     rng = np.random.default_rng(seed)
     grid = [round(0.95 * k / (points - 1), 4) for k in range(points)]

@@ -1,6 +1,7 @@
 """WinaConfig: exactly what `quantization_config` of a WINA checkpoint's config.json stores, and its checks."""
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -98,6 +99,10 @@ class WinaConfig(QuantizationConfigMixin):
         return cls(**config_dict)
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What a caller of `from_pretrained` may override; transformers merges it into the stored config."""
+        """What a caller of `from_pretrained` may override; transformers merges it into the stored config.
+
+        It asks for this just before it warns that there are two configs, which for this one is the ordinary use.
+        """
+        warnings.filterwarnings("ignore", message=r"You passed `quantization_config`.*\['(sparsity|prefill)'")
         chosen = {"sparsity": self.sparsity, "prefill": self.prefill}
         return {name: value for name, value in chosen.items() if value is not None}

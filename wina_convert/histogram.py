@@ -30,7 +30,7 @@ class ScoreHistogram:
             CalibrationError: a score is NaN or infinite.
         """
         for chunk in scores.flatten().split(CHUNK):
-            bins = chunk.contiguous().view(torch.int32) >> 16
+            bins = (chunk.contiguous().view(torch.int32) >> 16) & (BINS - 1)  # a NaN may carry a sign
             self.counts += torch.bincount(bins, minlength=BINS)
         if self.counts[INFINITY_BIN:].any():
             raise CalibrationError("an activation is NaN or infinite")

@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ..errors import OptionError
 from ..scoring import cutoffs, threshold_at
 from .kernels import gated_linear
 
@@ -67,7 +68,12 @@ class WinaLinear(nn.Module):
 
         Args:
             sparsity: within [grid[0], grid[-1]].
+
+        Raises:
+            OptionError: it is outside.
         """
+        if not self.grid[0] <= sparsity <= self.grid[-1]:
+            raise OptionError(f"sparsity is {sparsity}; this checkpoint has thresholds up to {self.grid[-1]}")
         self.sparsity = sparsity
         self.tau = None if self.thresholds.is_meta else self._cutoffs()
 
@@ -79,6 +85,7 @@ class WinaLinear(nn.Module):
         tau = self.tau if self.tau is not None else self._cutoffs()
         if self.dense_prefill and x.dim() > 1 and x.shape[-2] > 1:
             tau = torch.full_like(tau, -1.0)  # no magnitude is below
+        x = x.to(self.weight_t.dtype)  # under autocast they may differ
         y: Tensor = gated_linear(x, self.weight_t, tau, self.bias)
         return y
 

@@ -4,7 +4,6 @@ Imported by `autoload` once transformers' table of quantizers exists; importing 
 """
 
 import re
-import warnings
 from typing import Any
 
 import torch
@@ -38,7 +37,11 @@ class WinaQuantizer(HfQuantizer):
         install(model, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        check_loaded(model)
         configure(model, self.quantization_config)
+        for module in model.modules():
+            if hasattr(module, "save_pretrained"):  # a part of the model that is saved alone needs the sentinel too
+                module.hf_quantizer = self  # type: ignore[assignment]
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -103,6 +106,20 @@ def install(model: nn.Module, config: WinaConfig) -> None:
         model._keys_to_ignore_on_load_unexpected = {*ignored, rf"{re.escape(suffix)}\.weight$"}  # type: ignore[assignment]
 
 
+def check_loaded(model: nn.Module) -> None:
+    """Refuse a model of which a gated projection kept uninitialised memory.
+
+    Raises:
+        CheckpointError: the checkpoint has no tensor for it.
+    """
+    for name, module in gated_modules(model).items():
+        for leaf, parameter in module.named_parameters():
+            if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
+                raise CheckpointError(
+                    f"the checkpoint has no tensor {name}.{leaf}; it is damaged: get or convert it again"
+                )
+
+
 def configure(model: nn.Module, config: WinaConfig) -> None:
     """Set sparsity and prefill of every gated projection from the config; the weights are loaded."""
     for module in gated_modules(model).values():
@@ -162,10 +179,8 @@ def register() -> None:
         return
     auto.register_quantization_config("wina")(WinaConfig)
     auto.register_quantizer("wina")(WinaQuantizer)
-    # Lets from_pretrained(DIR, quantization_config=WinaConfig(sparsity=...)) override the stored values ...
+    # Lets from_pretrained(DIR, quantization_config=WinaConfig(sparsity=...)) override the stored values.
     auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (WinaConfig,)  # type: ignore[assignment]
-    # ... and keeps transformers from warning about that ordinary use.
-    warnings.filterwarnings("ignore", message=r"You passed `quantization_config`.*\['(sparsity|prefill)'")
 
 
 register()

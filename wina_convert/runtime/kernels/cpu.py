@@ -16,7 +16,10 @@ BLOCK = 1 << 24  # weights widened to float32 at a time: 64 MB
 
 
 def gated_linear(x: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) -> Tensor:
-    """y = W x over the inputs with |x_j| > tau_j, accumulated in float32; shapes as in `kernels.op.gated_linear`."""
+    """y = W x over the inputs with |x_j| > tau_j, accumulated in float32; shapes as in `kernels.op.gated_linear`.
+
+    With few rows the sum is rounded to the dtype of x before the bias is added.
+    """
     rows = x.reshape(-1, x.shape[-1])
     y = (_stream if len(rows) <= FEW_ROWS else _widen)(rows, weight_t, tau)
     if bias is not None:

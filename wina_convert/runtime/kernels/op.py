@@ -19,7 +19,7 @@ def gated_linear(x: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) 
     Returns:
         [..., out], dtype of x.
     """
-    half_on_cpu = x.device.type == "cpu" and x.dtype != torch.float32
+    half_on_cpu = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
     if half_on_cpu:
         return cpu.gated_linear(x, weight_t, tau, bias)
     return reference.gated_linear(x, weight_t, tau, bias)
