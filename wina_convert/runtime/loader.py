@@ -100,10 +100,11 @@ def install(model: nn.Module, config: WinaConfig) -> None:
             in_features, out_features, config.grid, plain.bias is not None, plain.weight.dtype, plain.weight.device
         )
         model.set_submodule(matches[0], replacement)
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or set()
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     if config.modules:
         suffix = ".".join(config.modules[0].split(".")[-4:])
-        model._keys_to_ignore_on_load_unexpected = {*ignored, rf"{re.escape(suffix)}\.weight$"}  # type: ignore[assignment]
+        kind = set if isinstance(ignored, set) else list  # it was a list in earlier transformers 5
+        model._keys_to_ignore_on_load_unexpected = kind([*ignored, rf"{re.escape(suffix)}\.weight$"])  # type: ignore[assignment]
 
 
 def check_loaded(model: nn.Module) -> None:
