@@ -100,11 +100,11 @@ def install(model: nn.Module, config: WinaConfig) -> None:
             in_features, out_features, config.grid, plain.bias is not None, plain.weight.dtype, plain.weight.device
         )
         model.set_submodule(matches[0], replacement)
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
     if config.modules:
         suffix = ".".join(config.modules[0].split(".")[-4:])
         kind = set if isinstance(ignored, set) else list  # it was a list in earlier transformers 5
-        model._keys_to_ignore_on_load_unexpected = kind([*ignored, rf"{re.escape(suffix)}\.weight$"])  # type: ignore[assignment]
+        model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), rf"{re.escape(suffix)}\.weight$"])  # type: ignore[assignment]
 
 
 def check_loaded(model: nn.Module) -> None:
