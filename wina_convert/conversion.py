@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import __version__
 from . import plot as pictures
-from .calibrate import Histograms, calibrate_layer
+from .calibrate import calibrate_layer
 from .card import write_card
 from .checkpoint import (
     REPORT,
@@ -131,7 +131,7 @@ def convert(
     )
     with staged(Path(out)) as folder:
         with ShardWriter(folder, plan.tensors, max_shard_size) as shards:
-            histograms = write_tensors(source, plan, config, tokens, batch_size, target, shards, progress, keep=plot)
+            curves = write_tensors(source, plan, config, tokens, batch_size, target, shards, progress, keep=plot)
         write_config(folder, source, config, plan)
         copy_sidecars(source, folder)
         verification = verify(source, plan, folder, held_out, target, batch_size, progress)
@@ -161,7 +161,7 @@ def convert(
         write_json(folder / REPORT, report)
         write_card(folder, source, report)
         if plot:
-            pictures.draw_conversion(folder, report, histograms)
+            pictures.draw_conversion(folder, report, curves)
     return report
 
 
@@ -175,11 +175,11 @@ def write_tensors(
     shards: ShardWriter,
     progress: Progress,
     keep: bool = False,
-) -> dict[str, Histograms]:
+) -> dict[str, pictures.ScoreCurve]:
     """Calibrate and write the model layer by layer.
 
     Returns:
-        the score histograms of every projection, where `keep` asks for them.
+        the distribution of scores of every projection near the default sparsity, where `keep` asks for it.
     """
 
     def read(keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -191,7 +191,9 @@ def write_tensors(
     by_layer = [model.layer_keys(index) for index in range(plan.n_layers)]
     inside = {key for keys in by_layer for key in keys}
     outside = [key for key in source.tensors if key not in inside and f"{key}_t" not in inside]
-    kept: dict[str, Histograms] = {}
+    kept: dict[str, pictures.ScoreCurve] = {}
+    sparsity = config.sparsity or 0.0
+    shown = min(config.calibration["levels"], key=lambda level: abs(level - sparsity))
     with progress("Writing embeddings", sum(source.tensors[key].nbytes for key in outside), "B") as advance:
         for key in outside:
             shards.write(stored_tensors(source, plan, [key]))
@@ -217,7 +219,8 @@ def write_tensors(
                     gate.tau = None
             for name, found in histograms.items():
                 shards.write({f"{keys_of[name]}.thresholds": threshold_curve(found, GRID)})
-            kept |= histograms if keep else {}
+                if keep:
+                    kept[name] = pictures.score_curve(found[shown], sparsity)
     return kept
 
 

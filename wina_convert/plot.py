@@ -1,10 +1,12 @@
 """Pictures of a conversion: asked against achieved sparsity per layer, and the score histograms with their thresholds."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .calibrate import Histograms
+from torch import Tensor
+
 from .errors import OptionError
 from .histogram import ScoreHistogram
 
@@ -24,22 +26,44 @@ def check_available() -> None:
         raise OptionError("--plot needs matplotlib; pip install 'wina-convert[plot]'") from error
 
 
-def draw_conversion(folder: Path, report: Mapping[str, Any], histograms: Mapping[str, Histograms]) -> None:
+@dataclass(frozen=True)
+class ScoreCurve:
+    """What the picture of one projection's scores needs of its histogram.
+
+    Attributes:
+        scores: [G], float64, where there are any.
+        density: [G], float64, fraction of scores per factor of 2.
+        threshold: at the default sparsity.
+    """
+
+    scores: Tensor
+    density: Tensor
+    threshold: float
+
+
+def score_curve(histogram: ScoreHistogram, sparsity: float) -> ScoreCurve:
+    """The distribution above its lowest 0.2%, and the threshold."""
+    scores, density = histogram.density()
+    shown = scores > histogram.quantile(0.002)
+    return ScoreCurve(scores[shown], density[shown], histogram.quantile(sparsity))
+
+
+def draw_conversion(folder: Path, report: Mapping[str, Any], curves: Mapping[str, ScoreCurve]) -> None:
     """Write both pictures into a folder.
 
     Args:
         folder: where to.
         report: as in wina_report.json.
-        histograms: score histograms of every projection, by level.
+        curves: the distribution of scores of every projection.
     """
     draw_sparsity(folder / SPARSITY_PNG, report)
-    draw_scores(folder / SCORES_PNG, report["options"]["sparsity"], histograms)
+    draw_scores(folder / SCORES_PNG, report["options"]["sparsity"], curves)
 
 
 def draw_sparsity(path: Path, report: Mapping[str, Any]) -> None:
     """One line per kind of projection: the sparsity achieved on held-out calibration text, by layer."""
     asked = report["options"]["sparsity"]
-    figure, axes = _figure(9, 5)
+    figure, ((axes,),) = _figure(9, 5)
     kinds: dict[str, list[tuple[int, float]]] = {}
     for name, achieved in report["verification"]["held_out"]["projections"].items():
         layer, kind = _layer_and_kind(name)
@@ -61,33 +85,29 @@ def draw_sparsity(path: Path, report: Mapping[str, Any]) -> None:
     _save(figure, path)
 
 
-def draw_scores(path: Path, sparsity: float, histograms: Mapping[str, Histograms]) -> None:
+def draw_scores(path: Path, sparsity: float, curves: Mapping[str, ScoreCurve]) -> None:
     """The distribution of scores of every kind of projection, a line a layer, with the thresholds as ticks on it."""
     from matplotlib import colormaps
 
-    kinds: dict[str, list[tuple[int, ScoreHistogram]]] = {}
-    for name, by_level in histograms.items():
+    kinds: dict[str, list[tuple[int, ScoreCurve]]] = {}
+    for name, curve in curves.items():
         layer, kind = _layer_and_kind(name)
-        nearest = min(by_level, key=lambda level: abs(level - sparsity))
-        kinds.setdefault(kind, []).append((layer, by_level[nearest]))
+        kinds.setdefault(kind, []).append((layer, curve))
     columns = min(4, len(kinds))
     rows = -(-len(kinds) // columns)
-    figure, grid = _figure(4 * columns, 3 * rows, rows, columns)
+    figure, grid = _figure(max(4 * columns, 7), 3 * rows, rows, columns)
     for axes, (kind, members) in zip(grid.flat, kinds.items(), strict=False):
-        for layer, histogram in members:
-            color = colormaps["viridis"](layer / max(len(members) - 1, 1))
-            centres, density = histogram.density()
-            shown = centres > histogram.quantile(0.002)
-            axes.plot(centres[shown].tolist(), density[shown].tolist(), color=color, linewidth=1)
-            threshold = histogram.quantile(sparsity)
-            height = float(density[int((centres - threshold).abs().argmin())])
-            axes.plot([threshold], [height], marker="|", markersize=16, markeredgewidth=2, color=color)
+        last = max(layer for layer, _ in members)
+        for layer, curve in members:
+            color = colormaps["viridis"](layer / max(last, 1))
+            axes.plot(curve.scores.tolist(), curve.density.tolist(), color=color, linewidth=1)
+            if len(curve.scores):
+                height = float(curve.density[int((curve.scores - curve.threshold).abs().argmin())])
+                axes.plot([curve.threshold], [height], marker="|", markersize=16, markeredgewidth=2, color=color)
         axes.set(xscale="log", title=kind, yticks=[])
     for axes in grid.flat[len(kinds) :]:
         axes.set_visible(False)
-    figure.supxlabel(
-        f"score |x| · column norm; each tick is the threshold at {sparsity:.0%}, dark lines are early layers"
-    )
+    figure.supxlabel(f"score |x| · column norm; ticks are the thresholds at {sparsity:.0%}, dark lines early layers")
     _save(figure, path)
 
 
@@ -103,7 +123,7 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tup
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=rows * columns == 1)
+    axes = figure.subplots(rows, columns, squeeze=False)
     return figure, axes
 
 

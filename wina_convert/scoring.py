@@ -10,8 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-TINY = torch.finfo(torch.float32).tiny
-
 
 def column_norms(weight_t: Tensor) -> Tensor:
     """L2 norm of every column of W, from its contiguous transpose.
@@ -42,7 +40,7 @@ def scores(x: Tensor, norms: Tensor) -> Tensor:
 def cutoffs(threshold: Tensor, norms: Tensor) -> Tensor:
     """The magnitude each input must exceed: tau_j = threshold / norms_j.
 
-    A column of zeros gets a very large cutoff (0 at threshold 0): dropping it changes no output.
+    A column of zeros scores 0, which no threshold lets through: its cutoff is infinite, and dropping it changes no output.
 
     Args:
         threshold: scalar, float32, at least 0.
@@ -51,7 +49,7 @@ def cutoffs(threshold: Tensor, norms: Tensor) -> Tensor:
     Returns:
         [in], float32.
     """
-    return threshold / norms.clamp_min(TINY)
+    return torch.where(norms > 0, threshold / norms, torch.inf)
 
 
 def dropped(x: Tensor, tau: Tensor) -> Tensor:
