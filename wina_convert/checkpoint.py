@@ -36,7 +36,11 @@ def check_target(out: Path, model: str, overwrite: bool) -> None:
         CheckpointError: it exists (without `overwrite`), is not a WINA checkpoint (with it), lies in the source or holds it, or
             the folder it goes into cannot be written.
     """
-    target = out.resolve()
+    try:
+        target = out.resolve()
+        target.exists()
+    except OSError as error:
+        raise _unwritable(out, error) from error
     source = Path(model).resolve()
     if Path(model).is_dir() and (target == source or source in target.parents or target in source.parents):
         raise CheckpointError(f"{out} and the source {model} lie one inside the other; choose another --out")
@@ -100,11 +104,12 @@ def staged(out: Path) -> Iterator[Path]:
 def _publish(staging: Path, target: Path) -> None:
     if target.is_dir() and any(target.iterdir()):
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".replaced", dir=target.parent)) / "old"
-        target.rename(old)
         try:
+            target.rename(old)
             staging.rename(target)
-        except OSError:
-            old.rename(target)
+        except BaseException:
+            if old.exists() and not target.exists():
+                old.rename(target)
             raise
         finally:
             shutil.rmtree(old.parent, ignore_errors=True)
@@ -142,6 +147,8 @@ def stored_tensors(source: Source, plan: ConversionPlan, keys: Iterable[str]) ->
             raise SourceError(f"tensor {key!r} in {source.folder / source.tensors[key].file} holds NaN or infinity")
         if plan.cast and tensor.is_floating_point():
             tensor = tensor.to(plan.dtype)
+            if not all(torch.isfinite(part).all() for part in tensor.flatten().split(FINITE)):
+                raise SourceError(f"tensor {key!r} does not fit {plan.dtype}; pass --dtype bfloat16 or float32")
         if key in gated:
             projection = gated[key]
             weight_t = (tensor if projection.transposed_in_source else tensor.t()).contiguous()
@@ -161,13 +168,16 @@ def write_config(folder: Path, source: Source, config: WinaConfig, plan: Convers
     dtype = str(plan.dtype).removeprefix("torch.")
     named = r'("(?:torch_)?dtype"\s*:\s*)(?:"[^"]*"|null)'
     block: dict[str, Any] = {"transformers_weights": INSTALL, "quantization_config": config.to_dict()}
-    if not (source.config.get("dtype") or source.config.get("torch_dtype")):
+    if "quantization_config" in source.config:  # empty, or it would have been refused
+        fields = {name: value for name, value in source.config.items() if name != "quantization_config"}
+        text = json.dumps(fields, indent=2, ensure_ascii=False)
+    if not {"dtype", "torch_dtype"} & set(source.config):
         block = {"dtype": dtype} | block
-    elif plan.cast:
+    elif plan.cast or not (source.config.get("dtype") or source.config.get("torch_dtype")):
         text = re.sub(named, rf'\g<1>"{dtype}"', text)
     body = text.removesuffix("}").rstrip()
     ours = json.dumps(block, indent=2, ensure_ascii=False).removeprefix("{")
-    (folder / CONFIG).write_text(body + ("," if body != "{" else "") + ours + "\n", "utf-8")
+    (folder / CONFIG).write_bytes((body + ("," if not body.endswith("{") else "") + ours + "\n").encode())
 
 
 def copy_sidecars(source: Source, folder: Path) -> None:
@@ -214,7 +224,12 @@ class Checkpoint:
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors by key."""
-        return read_tensors(self.source.folder, [self.source.tensors[key] for key in keys])
+        specs = []
+        for key in keys:
+            if key not in self.source.tensors:
+                raise CheckpointError(f"{self.source.folder} has no tensor {key!r}; convert again")
+            specs.append(self.source.tensors[key])
+        return read_tensors(self.source.folder, specs)
 
 
 def gated_stream(
@@ -280,12 +295,14 @@ def write_text(path: Path, text: str) -> None:
     """
     beside = path.with_name(f".{path.name}.new")
     try:
-        beside.write_text(text, "utf-8")
+        beside.write_bytes(text.encode())
         beside.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise CheckpointError(f"{path} cannot be written ({error.strerror or error})") from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON the same way every time."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """Write JSON into a staged folder, the same way every time."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

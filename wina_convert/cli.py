@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -22,6 +23,9 @@ class _OneLineErrors:
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
             result = super().main(*args, **{**kwargs, "standalone_mode": False})  # type: ignore[misc]
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            sys.exit(2)
         except click.ClickException as error:
             _fail(error.format_message(), 2)
         except WinaError as error:
@@ -63,10 +67,12 @@ def _progress(quiet: bool) -> Progress:
 
 
 def _quiet_transformers() -> None:
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging._tqdm_active = False  # disable_progress_bar would take huggingface_hub's bars away as well
+    hub_logging.set_verbosity_error()
 
 
 def _download_bar(quiet: bool) -> type[Any]:
@@ -152,6 +158,8 @@ def _convert(out: str, quiet: bool, as_json: bool, dry_run: bool, **options: Any
     _quiet_transformers()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     start = time.perf_counter()
+    if not (quiet or dry_run or sys.stderr.isatty() or Path(options["model"]).exists()):
+        click.echo(f"Downloading {options['model']}", err=True)  # a terminal shows a bar instead
     report = convert(out=out, dry_run=dry_run, progress=_progress(quiet), tqdm_class=_download_bar(quiet), **options)
     if as_json:
         click.echo(json.dumps(report, indent=2, ensure_ascii=False))
@@ -290,11 +298,14 @@ def generate_command(folder: str, prompt: str, device: str, quiet: bool, **optio
     from .generate import generate
 
     _quiet_transformers()
-    click.echo(prompt, nl=False)
-    done = generate(
-        folder, prompt, device=str(choose_device(device)), write=lambda text: click.echo(text, nl=False), **options
-    )
-    click.echo()
+    pending = [prompt]
+
+    def write(text: str) -> None:
+        click.echo("".join(pending) + text, nl=False)
+        pending.clear()
+
+    done = generate(folder, prompt, device=str(choose_device(device)), write=write, **options)
+    write("\n")
     if not quiet:
         speed = f", {done.tokens_per_second:.1f} tokens a second" if done.tokens_per_second else ""
         click.echo(f"[{done.tokens} tokens{speed}]", err=True)

@@ -77,6 +77,8 @@ class WinaConfig(QuantizationConfigMixin):
         )
         if not ascending:
             raise CheckpointError("quantization_config.grid of config.json is not an ascending list that starts at 0")
+        if not isinstance(self.modules, list) or not all(isinstance(name, str) for name in self.modules):
+            raise CheckpointError("quantization_config.modules of config.json is not a list of names")
         if self.sparsity is not None and self.sparsity > grid[-1]:
             raise OptionError(f"sparsity is {self.sparsity}; this checkpoint has thresholds up to {grid[-1]}")
 

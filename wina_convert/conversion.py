@@ -32,7 +32,7 @@ from .plan import ConversionPlan, make_plan
 from .progress import Progress, silent
 from .runtime.linear import gated_modules
 from .runtime.loader import sentinel
-from .shards import ShardWriter
+from .shards import ShardWriter, shard_bytes
 from .source import Source, open_source
 from .text import BUNDLED, HELD_OUT, load_tokenizer, read_documents, sequence_length, sequences, split
 from .thresholds import levels, threshold_curve
@@ -100,6 +100,9 @@ def convert(
     sparsity = check_sparsity(sparsity)
     if samples < 1 or batch_size < 1:
         raise OptionError(f"samples is {samples} and batch size is {batch_size}; both must be at least 1")
+    if not 0 <= seed < 2**63:
+        raise OptionError(f"seed is {seed}; give 0 to {2**63 - 1}")
+    shard_bytes(max_shard_size)
     target = choose_device(device)
     if plot:
         pictures.check_available()

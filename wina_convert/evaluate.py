@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .checkpoint import dense_stream, open_checkpoint
 from .config import check_sparsity
-from .errors import SourceError
+from .errors import OptionError, SourceError
 from .plan import make_plan
 from .progress import Advance, Progress, silent
 from .runtime.linear import WinaLinear, gated_modules
@@ -142,6 +142,8 @@ def evaluate(
     Raises:
         WinaError: the checkpoint, the text or the source cannot be used.
     """
+    if samples < 1 or batch_size < 1:
+        raise OptionError(f"samples is {samples} and batch size is {batch_size}; both must be at least 1")
     device = device or torch.device("cpu")
     checkpoint = open_checkpoint(folder)
     asked = [check_sparsity(sparsity) for sparsity in sparsities] or [checkpoint.config.sparsity or 0.0]

@@ -125,6 +125,8 @@ def make_plan(
     model = build_skeleton(source, compute)
     keys = checkpoint_keys(model, source.tensors)
     projections = _projections(source, model, keys, compute if dtype != "auto" else None)
+    if not projections:
+        raise SourceError(f"{source.name} has no decoder layer; check its config.json")
     chosen = _choose(projections, source, targets, ignore)
     gated = {f"{projection.key}.weight": projection for projection in chosen}
     tensors: list[TensorSpec] = []

@@ -35,7 +35,7 @@ def lines(write: Callable[[str], object]) -> Progress:
     @contextmanager
     def step(label: str, total: int, unit: str) -> Iterator[Advance]:
         done, quarter = 0, 0
-        scale, shown = (2**20, "MiB") if unit == "B" else (1, unit)
+        scale, shown = (2**20, "MiB") if unit == "B" and total >= 2**20 else (1, unit)
 
         def advance(count: int) -> None:
             nonlocal done, quarter

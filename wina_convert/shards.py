@@ -7,6 +7,7 @@ promise that a conversion holds one decoder layer. The files are laid out as the
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO, Self
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub.serialization._base import parse_size_to_int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -21,13 +23,14 @@ from .errors import OptionError, SourceError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# in the order in which the library writes them
 DTYPES = {
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
     "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
@@ -83,14 +86,14 @@ def read_headers(folder: Path) -> dict[str, TensorSpec]:
         SourceError: no safetensors weights, a shard missing, truncated or outside the folder, or an index that disagrees.
     """
     if (folder / INDEX).is_file():
-        weight_map = _read_index(folder / INDEX)
+        weight_map = read_index(folder / INDEX)
     elif (folder / SINGLE).is_file():
         weight_map = None
     else:
         raise SourceError(_no_weights(folder))
     specs: dict[str, TensorSpec] = {}
     for file in [SINGLE] if weight_map is None else sorted(set(weight_map.values())):
-        if not (folder / file).is_file():
+        if not os.path.isfile(folder / file):
             raise SourceError(f"{folder}: shard {file} is missing; download the model again")
         try:
             with safe_open(folder / file, framework="pt") as shard:
@@ -108,7 +111,12 @@ def read_headers(folder: Path) -> dict[str, TensorSpec]:
     return specs
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """Which file holds each tensor, by an index.
+
+    Raises:
+        SourceError: it is no index, or leads out of its folder.
+    """
     try:
         weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
         items = dict(weight_map).items()
@@ -168,6 +176,21 @@ def read_rows(folder: Path, spec: TensorSpec, nbytes: int = 1 << 26) -> Iterator
         raise SourceError(f"{folder / spec.file} cannot be read ({error})") from error
 
 
+def shard_bytes(size: str | int) -> int:
+    """A size such as "5GB" in bytes.
+
+    Raises:
+        OptionError: it is none.
+    """
+    try:
+        limit = size if isinstance(size, int) else parse_size_to_int(size)
+        if limit > 0:
+            return limit
+    except (ValueError, OverflowError):
+        pass
+    raise OptionError(f"max shard size is {size!r}; give a number of bytes or '500MB', '5GB'")
+
+
 class ShardWriter:
     """Writes safetensors shards and their index into a folder, in any order of tensors, without holding any.
 
@@ -178,18 +201,13 @@ class ShardWriter:
     def __init__(self, folder: Path, specs: Iterable[TensorSpec], max_shard_size: str | int) -> None:
         self.folder = folder
         self.pending = {spec.name: spec for spec in specs}
-        try:
-            self.split = split_state_dict_into_shards_factory(
-                self.pending,
-                get_storage_size=lambda spec: spec.nbytes,
-                get_storage_id=lambda spec: None,
-                filename_pattern="model{suffix}.safetensors",
-                max_shard_size=max_shard_size,
-            )
-        except (ValueError, AttributeError) as error:
-            raise OptionError(
-                f"max shard size is {max_shard_size!r}; give a number of bytes or '500MB', '5GB'"
-            ) from error
+        self.split = split_state_dict_into_shards_factory(
+            self.pending,
+            get_storage_size=lambda spec: spec.nbytes,
+            get_storage_id=lambda spec: None,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=shard_bytes(max_shard_size),
+        )
         self.files: dict[str, BinaryIO] = {}
         self.offsets: dict[str, int] = {}
 
@@ -197,9 +215,14 @@ class ShardWriter:
         for file, names in self.split.filename_to_tensors.items():
             header, starts, size = _layout([self.pending[name] for name in names])
             self.offsets |= starts
-            self.files[file] = handle = (self.folder / file).open("wb")
-            handle.write(header)
-            handle.truncate(size)
+            try:
+                self.files[file] = handle = (self.folder / file).open("wb")
+                handle.write(header)
+                handle.flush()
+                handle.truncate(size)
+            except BaseException:
+                self._close()
+                raise
         if self.split.is_sharded:
             total = sum(spec.nbytes for spec in self.pending.values())
             index = {"metadata": {"total_size": total}, "weight_map": self.split.tensor_to_filename}
@@ -228,13 +251,18 @@ class ShardWriter:
                     handle.flush()
                     os.fsync(handle.fileno())
         finally:
-            for handle in self.files.values():
+            self._close()
+
+    def _close(self) -> None:
+        for handle in self.files.values():
+            with suppress(OSError):  # of what is still to be flushed; the error that matters was raised before
                 handle.close()
 
 
 def _layout(specs: list[TensorSpec]) -> tuple[bytes, dict[str, int], int]:
     """Header bytes, absolute start of each tensor, and file size: widest dtype first, then by name, as the library does."""
-    ordered = sorted(specs, key=lambda spec: (-spec.dtype.itemsize, spec.name))
+    order = list(DTYPES.values())
+    ordered = sorted(specs, key=lambda spec: (order.index(spec.dtype), spec.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
     for spec in ordered:

@@ -13,16 +13,16 @@ from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
-    NotASafetensorsRepoError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 
 from .architectures import ARCHITECTURES, Architecture
 from .errors import SourceError
-from .shards import TensorSpec, read_headers, spec_from_header
+from .shards import INDEX, SINGLE, TensorSpec, read_headers, read_index, spec_from_header
 
 CONFIG = "config.json"
 # weights in other formats, which a conversion neither needs nor copies
@@ -99,8 +99,8 @@ def open_source(
         )
     try:
         if headers_only:
-            return _open_headers(model, revision, token, trust_remote_code)
-        config = huggingface_hub.hf_hub_download(model, CONFIG, revision=revision, token=token)
+            return _open_headers(model, revision, token, trust_remote_code, tqdm_class)
+        config = huggingface_hub.hf_hub_download(model, CONFIG, revision=revision, token=token, tqdm_class=tqdm_class)
         _check_config(model, read_config(Path(config).parent)[1])  # before gigabytes of weights
         folder = huggingface_hub.snapshot_download(
             model, revision=revision, token=token, ignore_patterns=[*OTHER_WEIGHTS, "original/*"], tqdm_class=tqdm_class
@@ -122,11 +122,22 @@ def open_source(
     except HFValidationError as error:
         raise SourceError(f"{model!r} is neither a local folder nor a Hub id such as org/name") from error
     except HfHubHTTPError as error:
-        raise SourceError(f"the Hub refused {model}: {_one_line(error)}; try again later or check --token") from error
+        raise _refused(model, error) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError, ConnectionError) as error:
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise _refused(model, error.__cause__) from error
         raise SourceError(
             f"{model} is no local folder and the Hub cannot be reached; check the network, or give a local folder"
         ) from error
+    except OSError as error:  # the cache: full, read-only; or a download that came short
+        raise SourceError(
+            f"{model} cannot be downloaded to {huggingface_hub.constants.HF_HUB_CACHE} ({_one_line(error)}); "
+            "check the disk and try again"
+        ) from error
+
+
+def _refused(model: str, error: HfHubHTTPError) -> SourceError:
+    return SourceError(f"the Hub refused {model}: {_one_line(error)}; try again later or check --token")
 
 
 def _url(model: str) -> str:
@@ -146,10 +157,10 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     path = folder / CONFIG
     if not path.is_file():
         raise SourceError(f"{folder} has no {CONFIG}; give the folder of a Hugging Face model")
-    text = path.read_text("utf-8", errors="replace")
+    text = path.read_bytes().decode("utf-8", errors="replace")  # with its line ends
     try:
         config = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{path} is not JSON ({error}); get the file again") from error
     if not isinstance(config, dict):
         raise SourceError(f"{path} is not a JSON object; get the file again")
@@ -164,23 +175,40 @@ def _open_folder(name: str, folder: Path, revision: str | None, trust_remote_cod
     return Source(name, revision, folder, config, text, tensors, trust_remote_code)
 
 
-def _open_headers(model: str, revision: str | None, token: str | None, trust_remote_code: bool) -> Source:
-    commit = huggingface_hub.HfApi().model_info(model, revision=revision, token=token).sha
+def _open_headers(
+    model: str, revision: str | None, token: str | None, trust_remote_code: bool, tqdm_class: type[Any] | None
+) -> Source:
+    api = huggingface_hub.HfApi(endpoint=huggingface_hub.constants.ENDPOINT, token=token)
+    commit = api.model_info(model, revision=revision).sha
     with tempfile.TemporaryDirectory() as folder:
-        path = huggingface_hub.hf_hub_download(model, CONFIG, revision=commit, token=token, local_dir=folder)
-        text, config = read_config(Path(path).parent)
-    _check_config(model, config)
-    try:
-        repo = huggingface_hub.get_safetensors_metadata(model, revision=commit, token=token)
-    except NotASafetensorsRepoError as error:
-        raise SourceError(
-            f"{model} has no safetensors weights; ask for them in its discussions, or save it as safetensors"
-        ) from error
-    tensors = {
-        name: spec_from_header(name, entry.dtype, entry.shape, file)
-        for file, metadata in repo.files_metadata.items()
-        for name, entry in metadata.tensors.items()
-    }
+
+        def fetch(name: str) -> Path:
+            return Path(
+                huggingface_hub.hf_hub_download(
+                    model, name, revision=commit, token=token, local_dir=folder, tqdm_class=tqdm_class
+                )
+            )
+
+        text, config = read_config(fetch(CONFIG).parent)
+        _check_config(model, config)
+        if api.file_exists(model, SINGLE, revision=commit):
+            files = {SINGLE}
+        elif api.file_exists(model, INDEX, revision=commit):
+            files = set(read_index(fetch(INDEX)).values())
+        else:
+            raise SourceError(
+                f"{model} has no safetensors weights; ask for them in its discussions, or save it as safetensors"
+            )
+    tensors = {}
+    for file in sorted(files):
+        try:
+            header = api.parse_safetensors_file_metadata(model, file, revision=commit)
+        except RemoteEntryNotFoundError as error:
+            raise SourceError(f"{model}: shard {file} is missing; tell its authors") from error
+        except SafetensorsParsingError as error:
+            raise SourceError(f"{model}: {file} is truncated or not safetensors ({_one_line(error)})") from error
+        for name, entry in header.tensors.items():
+            tensors[name] = spec_from_header(name, entry.dtype, entry.shape, file)
     _check_tensors(model, tensors)
     return Source(model, commit, Path(), config, text, tensors, trust_remote_code)
 
@@ -208,7 +236,7 @@ def _check_config(name: str, config: dict[str, Any]) -> None:
     if classes and not any(entry.endswith(CAUSAL_LM) for entry in classes):
         raise SourceError(f"{name} is not a causal language model ({', '.join(classes)}); give one that generates text")
     experts = next((key for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key)), None)
-    if model_type not in ARCHITECTURES or experts:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES or experts:
         what = f"a mixture of experts ({model_type})" if experts else f"of family {model_type!r}"
         raise SourceError(
             f"{name} is {what}, which is not supported; supported are: {', '.join(sorted(ARCHITECTURES))}"

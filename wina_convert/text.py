@@ -72,7 +72,7 @@ def _decode(path: Path) -> str:
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
-    for number, line in enumerate(_decode(path).splitlines(), start=1):
+    for number, line in enumerate(_decode(path).split("\n"), start=1):  # JSON may hold the other line ends
         if line.strip():
             try:
                 yield json.loads(line)
@@ -119,10 +119,18 @@ def _document(row: Any, source: str) -> str:
     for field in FIELDS:
         if isinstance(fields.get(field), str):
             return str(fields[field])
-    if isinstance(fields.get("messages"), list):
-        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in fields["messages"])
+    turns = fields.get("messages")
+    if isinstance(turns, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str | None)
+        for turn in turns
+    ):
+        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns if turn["content"])
     for names in PAIRS:
-        if isinstance(fields.get(names[0]), str) and isinstance(fields.get(names[-1]), str):
+        if (
+            isinstance(fields.get(names[0]), str)
+            and isinstance(fields.get(names[-1]), str)
+            and all(isinstance(fields.get(name), str | None) for name in names)
+        ):
             return "\n\n".join(fields[name] for name in names if fields.get(name))
     raise CalibrationError(
         f"{source}: a row has the fields {', '.join(map(repr, fields)) or 'none'}; needed is 'text', 'content' or 'messages'"
@@ -188,7 +196,7 @@ def sequences(documents: Iterable[str], tokenizer: Any, length: int, limit: int,
     # Everything in front of the text's own tokens; an empty text also gets what comes behind, so subtract that.
     empty, with_text = tokenizer("").input_ids, tokenizer("a").input_ids
     prefix = empty[: next((i for i, (a, b) in enumerate(zip(empty, with_text, strict=False)) if a != b), len(empty))]
-    ids = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False).input_ids
+    ids = tokenizer("\n\n".join(texts)[:enough], add_special_tokens=False, verbose=False).input_ids
     body = length - len(prefix)
     rows = len(ids) // body
     if rows < 2:

@@ -72,7 +72,7 @@ def verify(
     expected = {spec.name: (spec.dtype, spec.shape) for spec in plan.tensors}
     found = {spec.name: (spec.dtype, spec.shape) for spec in checkpoint.source.tensors.values()}
     if expected != found:
-        name = sorted(set(expected.items()) ^ set(found.items()))[0][0]
+        name = min(name for name, _ in set(expected.items()) ^ set(found.items()))
         raise VerificationError(f"tensor {name!r} was not written as planned; please report this")
     _check_thresholds(checkpoint, plan)
     asked = checkpoint.config.sparsity or 0.0
