@@ -161,7 +161,7 @@ def test_the_report_says_what_was_done(tiny: Path, recorded: Recorded) -> None:
     held_out = verification["held_out"]
     assert held_out["tokens"] == len(recorded.held_out) * 127
     assert held_out["achieved"] == pytest.approx(0.5, abs=0.03)
-    assert 1 < held_out["dense_perplexity"] < held_out["perplexity"] < 200
+    assert 1 < held_out["dense_perplexity"] < held_out["perplexity"] < 1.5 * held_out["dense_perplexity"]
     assert 0 < held_out["kl"] < 1
     assert 0.5 < held_out["agreement"] < 1
     assert all(math.isfinite(fraction) for fraction in held_out["projections"].values())
@@ -237,8 +237,8 @@ def test_the_batch_size_hardly_matters(tiny: Path, tmp_path: Path) -> None:
     reports = [wina_convert.convert(str(tiny), tmp_path / str(n), batch_size=n, **options) for n in (1, 3)]
     one, three = (report["verification"]["held_out"] for report in reports)
     assert three["achieved"] == pytest.approx(one["achieved"], abs=0.003)
-    assert three["perplexity"] == pytest.approx(one["perplexity"], rel=0.01)
+    assert three["perplexity"] == pytest.approx(one["perplexity"], rel=0.02)
     assert three["tokens"] == one["tokens"]
     written, other = tensors_of(tmp_path / "1"), tensors_of(tmp_path / "3")
     for name in reports[0]["projections"]:
-        torch.testing.assert_close(other[f"{name}.thresholds"], written[f"{name}.thresholds"], rtol=0.05, atol=1e-6)
+        torch.testing.assert_close(other[f"{name}.thresholds"], written[f"{name}.thresholds"], rtol=0.1, atol=1e-6)
