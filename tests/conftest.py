@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: tests use no network
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: a process a core, and tiny models gain nothing from threads
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch is: a process a core, and tiny models gain nothing from threads
 
 import pytest
 from transformers.utils import logging

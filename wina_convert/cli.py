@@ -6,7 +6,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -158,8 +157,6 @@ def _convert(out: str, quiet: bool, as_json: bool, dry_run: bool, **options: Any
     _quiet_transformers()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     start = time.perf_counter()
-    if not (quiet or dry_run or sys.stderr.isatty() or Path(options["model"]).exists()):
-        click.echo(f"Downloading {options['model']}", err=True)  # a terminal shows a bar instead
     report = convert(out=out, dry_run=dry_run, progress=_progress(quiet), tqdm_class=_download_bar(quiet), **options)
     if as_json:
         click.echo(json.dumps(report, indent=2, ensure_ascii=False))

@@ -107,7 +107,7 @@ def convert(
     if plot:
         pictures.check_available()
     check_target(Path(out), model, overwrite)
-    source = open_source(model, revision, token, trust_remote_code, headers_only=dry_run, tqdm_class=tqdm_class)
+    source = open_source(model, revision, token, trust_remote_code, dry_run, tqdm_class, progress)
     plan = make_plan(source, targets, ignore, dtype)
     length = sequence_length(source, seq_len)
     if dry_run:

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 
 from .architectures import ARCHITECTURES, Architecture
 from .errors import SourceError
+from .progress import Progress, silent
 from .shards import INDEX, SINGLE, TensorSpec, read_headers, read_index, spec_from_header
 
 CONFIG = "config.json"
@@ -77,6 +78,7 @@ def open_source(
     trust_remote_code: bool = False,
     headers_only: bool = False,
     tqdm_class: type[Any] | None = None,
+    progress: Progress = silent,
 ) -> Source:
     """Find a model and check that it can be converted.
 
@@ -87,6 +89,7 @@ def open_source(
         trust_remote_code: allow the checkpoint's own Python code.
         headers_only: from the Hub, fetch the config and the safetensors headers instead of the weights.
         tqdm_class: the progress bar for downloads; None: huggingface_hub's own.
+        progress: how to report that the weights are being downloaded.
 
     Raises:
         SourceError: it cannot be found, read or supported; the message says why and what to do.
@@ -102,9 +105,15 @@ def open_source(
             return _open_headers(model, revision, token, trust_remote_code, tqdm_class)
         config = huggingface_hub.hf_hub_download(model, CONFIG, revision=revision, token=token, tqdm_class=tqdm_class)
         _check_config(model, read_config(Path(config).parent)[1])  # before gigabytes of weights
-        folder = huggingface_hub.snapshot_download(
-            model, revision=revision, token=token, ignore_patterns=[*OTHER_WEIGHTS, "original/*"], tqdm_class=tqdm_class
-        )
+        with progress(f"Downloading {model}", 1, "model") as advance:
+            folder = huggingface_hub.snapshot_download(
+                model,
+                revision=revision,
+                token=token,
+                ignore_patterns=[*OTHER_WEIGHTS, "original/*"],
+                tqdm_class=tqdm_class,
+            )
+            advance(1)
         return _open_folder(model, Path(folder), Path(folder).name, trust_remote_code)
     except RemoteEntryNotFoundError as error:
         raise SourceError(f"{model} has no {CONFIG}; it is not a model that transformers can load") from error
