@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from . import __version__
-from .display import by_layer, plan_text, report_text, table
-from .errors import WinaError
+from .display import bench_text, by_layer, plan_text, report_text, table
+from .errors import OptionError, WinaError
 from .progress import Progress, bars, lines, silent
 
 
@@ -57,6 +57,16 @@ def _fractions(context: click.Context, parameter: click.Parameter, values: Seque
         return tuple(float(part) for part in _split(context, parameter, values))
     except ValueError as error:
         raise click.BadParameter(f"{error}; give fractions such as 0.25,0.5") from error
+
+
+def _shapes(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    found = []
+    for part in _split(context, parameter, values):
+        inputs, _, outputs = part.partition("x")
+        if not (inputs.isdigit() and outputs.isdigit()):
+            raise click.BadParameter(f"{part!r}; give INPUTSxOUTPUTS, such as 4096x14336")
+        found.append((int(inputs), int(outputs)))
+    return tuple(found)
 
 
 def _progress(quiet: bool) -> Progress:
@@ -322,3 +332,71 @@ def retarget_command(folder: str, sparsity: float) -> None:
 
     retarget(folder, sparsity)
     click.echo(f"{folder}: default sparsity is now {sparsity:.1%}")
+
+
+@wina.command("bench")
+@click.argument("folder", metavar="[DIR]", required=False)
+@click.option("--random", metavar="SIZE", help="Instead of DIR, a Llama shape with random weights: 1b, 3b or 8b.")
+@click.option("--kernels", is_flag=True, help="Time single products instead of a model.")
+@click.option(
+    "--shapes",
+    multiple=True,
+    callback=_shapes,
+    help="With --kernels: INPUTSxOUTPUTS, such as 4096x14336.  [default: those of the Llama shapes]",
+)
+@click.option(
+    "--sparsity", "sparsities", multiple=True, callback=_fractions, help="Fractions to skip.  [default: 0,0.5,0.65]"
+)
+@click.option("--prompt-tokens", default=512, show_default=True, help="Length of the prompt.")
+@click.option("--tokens", default=32, show_default=True, help="Tokens decoded after it.")
+@click.option("--repeats", type=int, help="Times the prompt, or each product, is run.  [default: 3, or 31]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's, or OMP_NUM_THREADS]")
+@click.option("--dtype", default="auto", show_default=True, help="auto (as stored), float32, bfloat16 or float16.")
+@quiet_option
+@json_option
+def bench_command(
+    folder: str | None,
+    random: str | None,
+    kernels: bool,
+    shapes: Sequence[tuple[int, int]],
+    sparsities: Sequence[float],
+    prompt_tokens: int,
+    tokens: int,
+    repeats: int | None,
+    threads: int | None,
+    dtype: str,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Time the gated model against the dense one with the same weights, in turns, and against memory bandwidth.
+
+    \b
+    Examples:
+      wina bench ./llama-wina
+      wina bench --random 1b
+      wina bench --kernels --shapes 4096x14336
+    """
+    import torch
+
+    from .bench import SHAPES, SPARSITIES, bench_model, bench_products
+
+    if kernels and (folder or random):
+        raise OptionError("--kernels times products of random numbers; give neither DIR nor --random")
+    _quiet_transformers()
+    if threads:
+        torch.set_num_threads(threads)
+    shared: dict[str, Any] = {"sparsities": sparsities or SPARSITIES, "progress": _progress(quiet)}
+    if kernels:
+        dtype = "bfloat16" if dtype == "auto" else dtype
+        measured = bench_products(shapes or SHAPES, dtype=dtype, repeats=repeats or 31, **shared)
+    else:
+        measured = bench_model(
+            folder,
+            random=random,
+            prompt_tokens=prompt_tokens,
+            tokens=tokens,
+            repeats=repeats or 3,
+            dtype=dtype,
+            **shared,
+        )
+    click.echo(json.dumps(dataclasses.asdict(measured), indent=2) if as_json else bench_text(measured))

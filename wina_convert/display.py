@@ -2,7 +2,10 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bench import Benchmark
 
 
 def report_text(report: dict[str, Any], out: str, seconds: float) -> str:
@@ -42,6 +45,45 @@ def plan_text(plan: dict[str, Any], out: str) -> str:
             f"  time          about {duration(plan['seconds'])}, the download aside",
         ]
     )
+
+
+def bench_text(measured: "Benchmark") -> str:
+    """What a benchmark found."""
+    head = [
+        f"{measured.model}; {measured.machine}; {measured.date}",
+        f"memory is read at {measured.bandwidth / 1e9:.1f} GB/s",
+    ]
+    if not measured.interleaved:
+        head.append("memory does not hold the dense and the gated model at once: timed one after the other")
+    rows = [["sparsity", "skipped", "ms/token", "tokens/s", "speed", "MB/token", "of roofline", "prompt s", "speed"]]
+    for row in measured.models:
+        rows.append(
+            [
+                "dense" if row.sparsity is None else f"{row.sparsity:.0%}",
+                "" if row.achieved is None else f"{row.achieved:.1%}",
+                f"{row.decode_seconds * 1e3:.1f}",
+                f"{row.tokens_per_second:.1f}",
+                f"{row.ratio:.2f}x",
+                f"{row.bytes_per_token / 1e6:.0f}",
+                f"{row.roofline:.0%}",
+                f"{row.prefill_seconds:.2f}",
+                f"{row.prefill_ratio:.2f}x",
+            ]
+        )
+    if measured.products:
+        rows = [["in x out", "sparsity", "ms", "speed", "GB/s", "of bandwidth"]]
+    for product in measured.products:
+        rows.append(
+            [
+                f"{product.in_features}x{product.out_features}",
+                "dense" if product.sparsity is None else f"{product.sparsity:.0%}",
+                f"{product.seconds * 1e3:.3f}",
+                f"{product.ratio:.2f}x",
+                f"{product.bandwidth / 1e9:.1f}",
+                f"{product.roofline:.0%}",
+            ]
+        )
+    return "\n".join([*head, "", table(rows)])
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

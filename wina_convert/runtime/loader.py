@@ -14,7 +14,8 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..config import INSTALL, WinaConfig, check_sparsity
 from ..errors import CheckpointError
-from .linear import WinaLinear, gated_modules
+from . import attention
+from .linear import DenseLinear, WinaLinear, gated_modules
 
 
 class WinaQuantizer(HfQuantizer):
@@ -39,6 +40,7 @@ class WinaQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         check_loaded(model)
         configure(model, self.quantization_config)
+        attention.use(model)
         for module in model.modules():
             if hasattr(module, "save_pretrained"):  # a part of the model that is saved alone needs the sentinel too
                 module.hf_quantizer = self  # type: ignore[assignment]
@@ -78,7 +80,8 @@ def accept(config: Any) -> Any:
 def install(model: nn.Module, config: WinaConfig) -> None:
     """Replace the modules that `config.modules` names by empty WinaLinears, on the modules' own device.
 
-    The names match by dotted suffix: `model.layers.0...` of a causal LM is `layers.0...` in its base model.
+    The linear modules that stay dense become DenseLinears. The names match by dotted suffix: `model.layers.0...` of a
+    causal LM is `layers.0...` in its base model.
 
     Raises:
         CheckpointError: a name matches nothing or something that is not a linear projection.
@@ -100,6 +103,9 @@ def install(model: nn.Module, config: WinaConfig) -> None:
             in_features, out_features, config.grid, plain.bias is not None, plain.weight.dtype, plain.weight.device
         )
         model.set_submodule(matches[0], replacement)
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = DenseLinear
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
     if config.modules:
         suffix = ".".join(config.modules[0].split(".")[-4:])

@@ -1,5 +1,5 @@
-"""The gated product behind one torch custom op, `wina::gated_linear`."""
+"""The gated and the dense product behind two torch ops, `wina::gated_linear` and `wina::dense_linear`."""
 
-from .op import gated_linear
+from .op import dense_linear, gated_linear
 
-__all__ = ["gated_linear"]
+__all__ = ["dense_linear", "gated_linear"]

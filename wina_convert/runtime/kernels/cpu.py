@@ -1,45 +1,90 @@
-"""The gated product in half precision on a CPU.
+"""Products on a CPU: a few rows stream through compiled kernels, many go through one dense product.
 
-torch multiplies bfloat16 and float16 by a transposed weight element by element where the processor has no instructions for
-them: hundreds of times slower than memory allows. Here a few rows stream through `embedding_bag`, which reads the active rows
-of the weight alone, and many go through float32.
+Where the compiled kernels do not work, torch operations compute the same, more slowly, and a warning says so once.
 """
+
+import warnings
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, linear
 
 from ...scoring import dropped, gate
+from . import reference
 
-FEW_ROWS = 8  # up to here a row costs about as much memory traffic as the weights it keeps
-BLOCK = 1 << 24  # weights widened to float32 at a time: 64 MB
+FEW_ROWS = 8  # rows of a call that read each row of the weight once for all of them
+COLUMNS = 128  # outputs whose weights are widened to float32 at a time: a few megabytes
+HALF = (torch.bfloat16, torch.float16)
 
 
 def gated_linear(x: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) -> Tensor:
-    """y = W x over the inputs with |x_j| > tau_j, accumulated in float32; shapes as in `kernels.op.gated_linear`.
+    """y = W x over the inputs with |x_j| > tau_j, accumulated in float32; shapes as in `kernels.op.gated_linear`."""
+    few = x.numel() <= FEW_ROWS * x.shape[-1]
+    if few and (kernels := compiled(x.dtype)):
+        y: Tensor = kernels.columns(x, weight_t, tau, bias)
+        return y
+    if x.dtype not in HALF or (not few and multiplies(x.dtype)):
+        return reference.gated_linear(x, weight_t, tau, bias)
+    # Without instructions for it torch multiplies by a transposed half-precision weight element by element.
+    y = (_bag if few else _widen)(x.reshape(-1, x.shape[-1]), weight_t, tau, bias)
+    return y.view(*x.shape[:-1], weight_t.shape[1])
 
-    With few rows the sum is rounded to the dtype of x before the bias is added.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    y = (_stream if len(rows) <= FEW_ROWS else _widen)(rows, weight_t, tau)
-    if bias is not None:
-        y = y + bias
-    return y.to(x.dtype).view(*x.shape[:-1], weight_t.shape[1])
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y = W x + b; shapes as in `kernels.op.dense_linear`."""
+    if x.numel() <= FEW_ROWS * x.shape[-1] and (kernels := compiled(x.dtype)):
+        y: Tensor = kernels.dots(x, weight, bias)
+        return y
+    return linear(x, weight, bias)
 
 
-def _stream(rows: Tensor, weight_t: Tensor, tau: Tensor) -> Tensor:
-    """[R, in] -> [R, out], each row the weighted sum of its active rows of weight_t."""
+@cache
+def compiled(dtype: torch.dtype) -> Any:
+    """The compiled kernels if they work for this dtype here, else None; the first call compiles or reads them from the disk."""
+    if dtype not in (torch.float32, *HALF):
+        return None
+    try:
+        from . import streaming
+
+        one = torch.ones(1, 1, dtype=dtype)
+        streaming.columns(one, one, torch.zeros(1), None)
+        streaming.dots(one, one, None)
+        return streaming
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(
+            f"the compiled CPU kernels do not work here ({type(error).__name__}: {reason}); "
+            "gated products use torch operations and are slower",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+@cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether the processor has instructions for matrix products in this half precision that torch uses."""
+    name = "bf16" if dtype is torch.bfloat16 else "fp16"
+    return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
+
+
+def _bag(rows: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) -> Tensor:
+    """[R, in] -> [R, out], each row the weighted sum of its active rows of weight_t; rounded before the bias is added."""
     keep = ~dropped(rows, tau)
     counts = keep.sum(1)
-    columns = keep.nonzero()[:, 1]
-    return embedding_bag(columns, weight_t, counts.cumsum(0) - counts, mode="sum", per_sample_weights=rows[keep])
+    active = keep.nonzero()[:, 1]
+    y = embedding_bag(active, weight_t, counts.cumsum(0) - counts, mode="sum", per_sample_weights=rows[keep])
+    return y if bias is None else y + bias
 
 
-def _widen(rows: Tensor, weight_t: Tensor, tau: Tensor) -> Tensor:
-    """[R, in] -> [R, out] float32, the weight widened block by block."""
+def _widen(rows: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) -> Tensor:
+    """[R, in] -> [R, out], in float32 for a block of outputs at a time."""
     active = gate(rows, tau).float()
-    step = max(1, BLOCK // weight_t.shape[1])
-    y = torch.zeros(len(rows), weight_t.shape[1])
-    for x_block, weight_block in zip(active.split(step, 1), weight_t.split(step), strict=True):
-        y.addmm_(x_block, weight_block.float())
+    y = rows.new_empty(len(rows), weight_t.shape[1])
+    for left in range(0, weight_t.shape[1], COLUMNS):
+        block = slice(left, left + COLUMNS)
+        product = active @ weight_t[:, block].float()
+        y[:, block] = product if bias is None else product.add_(bias[block])
     return y

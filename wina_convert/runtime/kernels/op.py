@@ -1,14 +1,56 @@
-"""The torch custom op that every gated projection calls; kernels register behind it."""
+"""The torch ops that every projection of a gated model calls; a kernel for each kind of device stands behind them."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
+from ...scoring import dropped
 from . import cpu, reference
 
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+# Not `torch.library.custom_op`: its layers of Python cost as much as a small product.
+torch.library.define(
+    "wina::gated_linear", "(Tensor x, Tensor weight_t, Tensor tau, Tensor? bias) -> Tensor", tags=_TAGS
+)
+torch.library.define("wina::dense_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=_TAGS)
+torch.library.impl("wina::gated_linear", "default", reference.gated_linear)
+torch.library.impl("wina::gated_linear", "cpu", cpu.gated_linear)
+torch.library.impl("wina::dense_linear", "default", linear)
+torch.library.impl("wina::dense_linear", "cpu", cpu.dense_linear)
 
-@torch.library.custom_op("wina::gated_linear", mutates_args=())
+
+torch.library.register_fake(
+    "wina::gated_linear", lambda x, weight_t, tau, bias: x.new_empty((*x.shape[:-1], weight_t.shape[1]))
+)
+torch.library.register_fake("wina::dense_linear", lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])))
+_gated_linear = torch.ops.wina.gated_linear.default
+_dense_linear = torch.ops.wina.dense_linear.default
+
+
+class _GatedLinear(torch.autograd.Function):
+    """The gradient reaches the inputs that were kept; weights, thresholds and biases are frozen."""
+
+    @staticmethod
+    def forward(x: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = _gated_linear(x, weight_t, tau, bias)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        x, weight_t, tau = ctx.saved_tensors
+        return linear(gradient, weight_t).masked_fill(dropped(x, tau), 0), None, None, None
+
+
 def gated_linear(x: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) -> Tensor:
     """Gated projection: y = sum over the inputs with |x_j| > tau_j of x_j * weight_t[j], plus bias.
+
+    Differentiable in x, as if the choice of inputs were fixed.
 
     Args:
         x: [..., in], float32, bfloat16 or float16.
@@ -19,12 +61,22 @@ def gated_linear(x: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) 
     Returns:
         [..., out], dtype of x.
     """
-    half_on_cpu = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
-    if half_on_cpu:
-        return cpu.gated_linear(x, weight_t, tau, bias)
-    return reference.gated_linear(x, weight_t, tau, bias)
+    differentiable = x.requires_grad and torch.is_grad_enabled()
+    apply: Any = _GatedLinear.apply if differentiable else _gated_linear
+    y: Tensor = apply(x, weight_t, tau, bias)
+    return y
 
 
-@gated_linear.register_fake
-def _(x: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight_t.shape[1]))
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y = W x + b with a plain weight, without gradient: as fast as memory allows for a few rows on a CPU.
+
+    Args:
+        x: [..., in].
+        weight: [out, in], dtype of x.
+        bias: [out], dtype of x, or None.
+
+    Returns:
+        [..., out], dtype of x.
+    """
+    y: Tensor = _dense_linear(x, weight, bias)
+    return y

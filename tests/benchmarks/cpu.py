@@ -1,0 +1,99 @@
+"""How fast a gated model decodes on this machine's CPU, and what it needs in memory, beside the dense model.
+
+    python tests/benchmarks/cpu.py
+
+Prints Markdown tables: decoding and prefill of a random Llama shape of 1.2 billion parameters in bfloat16, single products,
+and the peak memory of a process that loads the model and generates a token. Takes ten minutes and 8 GB; wants a quiet machine.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+import torch
+
+from wina_convert.bench import Benchmark, _make_dense, _random_model, bench_model, bench_products
+from wina_convert.config import WinaConfig
+from wina_convert.progress import bars, silent
+from wina_convert.runtime.linear import gated_modules
+from wina_convert.runtime.loader import WinaQuantizer
+
+PEAK = """
+import re, sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+prompt = torch.randint(1000, (1, 512), generator=torch.Generator().manual_seed(0))
+with torch.inference_mode():
+    model.generate(prompt[:, :16], attention_mask=torch.ones(1, 16), max_new_tokens=2, min_new_tokens=2, pad_token_id=0)
+print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+"""
+
+
+def decoding(measured: Benchmark) -> list[str]:
+    """The rows of a model's benchmark."""
+    rows = [
+        "| sparsity | skipped | ms/token | decoding | MB/token | of roofline | prefill s | prefill |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in measured.models:
+        asked = "dense" if row.sparsity is None else f"{row.sparsity:.0%}"
+        achieved = "" if row.achieved is None else f"{row.achieved:.1%}"
+        rows.append(
+            f"| {asked} | {achieved} | {row.decode_seconds * 1e3:.1f} | {row.ratio:.2f}x | {row.bytes_per_token / 1e6:.0f} "
+            f"| {row.roofline:.0%} | {row.prefill_seconds:.2f} | {row.prefill_ratio:.2f}x |"
+        )
+    return rows
+
+
+def products(measured: Benchmark) -> list[str]:
+    """The rows of single products: a shape each."""
+    rows = ["| in x out | dense | 0% | 50% | 65% |", "| --- | --- | --- | --- | --- |"]
+    cells: dict[str, list[str]] = {}
+    for row in measured.products:
+        cell = f"{row.seconds * 1e3:.2f} ms, {row.bandwidth / 1e9:.0f} GB/s ({row.roofline:.0%})"
+        cell += "" if row.sparsity is None else f", {row.ratio:.2f}x"
+        cells.setdefault(f"{row.in_features} x {row.out_features}", []).append(cell)
+    return rows + [f"| {shape} | {' | '.join(values)} |" for shape, values in cells.items()]
+
+
+def peaks(folder: Path) -> tuple[int, int]:
+    """Peak memory in bytes of processes that load the dense and the gated model of 1.2 billion parameters."""
+    model = _random_model("1b", "bfloat16")
+    config = WinaConfig(sparsity=0.5, prefill="gated", modules=list(gated_modules(model)))
+    model.config.quantization_config = config
+    model.hf_quantizer = WinaQuantizer(config, pre_quantized=True)
+    model.save_pretrained(folder / "gated")
+    del model.config.quantization_config, model.hf_quantizer
+    _make_dense(model).save_pretrained(folder / "dense")
+    del model
+    found = []
+    for name in ("dense", "gated"):
+        output = subprocess.run(
+            [sys.executable, "-c", PEAK, str(folder / name)], check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+        found.append(1024 * int(output))
+    return found[0], found[1]
+
+
+@click.command()
+@click.option("--prompt-tokens", default=(32, 512), multiple=True, show_default=True, help="Lengths of the prompt.")
+@click.option("--dtype", default="bfloat16", show_default=True)
+def main(prompt_tokens: tuple[int, ...], dtype: str) -> None:
+    """Print the tables."""
+    progress = bars if sys.stderr.isatty() else silent
+    for length in prompt_tokens:
+        measured = bench_model(random="1b", prompt_tokens=length, tokens=48, dtype=dtype, progress=progress)
+        click.echo(f"\n{measured.machine}; {measured.date}; memory read at {measured.bandwidth / 1e9:.1f} GB/s")
+        click.echo(f"{measured.model}\n")
+        click.echo("\n".join(decoding(measured)))
+    measured = bench_products(dtype=dtype, progress=progress)
+    click.echo("\n" + "\n".join(products(measured)))
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        dense, gated = peaks(Path(folder))
+    click.echo(f"\npeak memory: dense {dense / 1e6:.0f} MB, gated {gated / 1e6:.0f} MB ({gated / dense - 1:+.1%})")
+
+
+if __name__ == "__main__":
+    main()
