@@ -38,7 +38,7 @@ RANDOM = {
 }
 VOCABULARY = 128256
 SHAPES = ((4096, 14336), (14336, 4096), (4096, 4096), (2048, 8192), (8192, 2048), (2048, 2048), (2048, 512))
-COUNTED = 8  # tokens over which the bytes that one reads are averaged
+COUNTED = 8  # tokens, at most, over which the bytes that one reads are averaged
 WORKING_SET = 1 << 28  # bytes that products and reads cycle through, so that no cache holds them
 
 
@@ -159,7 +159,7 @@ def bench_model(
     torch.manual_seed(seed)
     if folder is not None:
         open_checkpoint(folder)  # it says more about what is wrong than transformers does
-        gated, name = load(folder, dtype=dtype), Path(folder).name
+        gated, name = load(folder, dtype=dtype), Path(folder).resolve().name
     else:
         gated, name = _random_model(str(random), "bfloat16" if dtype == "auto" else dtype), f"random {random}"
     longest = getattr(gated.config, "max_position_embeddings", prompt_tokens + tokens)
@@ -168,13 +168,13 @@ def bench_model(
     prompt = torch.randint(gated.config.vocab_size, (1, prompt_tokens))
     if random:
         _fit(gated, prompt, asked)
-    loads = {sparsity: _load_per_token(gated, sparsity, prompt) for sparsity in (None, *asked)}
+    loads = {sparsity: _load_per_token(gated, sparsity, prompt, min(tokens, COUNTED)) for sparsity in (None, *asked)}
     weights = sum(module.weight_t.nbytes for module in gated_modules(gated).values())
     interleaved = weights < 0.8 * psutil.virtual_memory().available
     described = f"{name}, {str(gated.dtype).removeprefix('torch.')}, prompt of {prompt_tokens} tokens"
     clocks: dict[float | None, _Clock] = {sparsity: _Clock() for sparsity in (None, *asked)}
     reads: list[float] = []
-    with progress("timing", len(clocks) * (repeats + tokens), "calls") as advance:
+    with progress("Timing", len(clocks) * (repeats + tokens), "call") as advance:
 
         def measure(models: dict[float | None, Any]) -> None:
             memory = torch.ones(WORKING_SET, dtype=torch.uint8)
@@ -242,12 +242,12 @@ def bench_products(
     """
     asked = [check_sparsity(sparsity) for sparsity in dict.fromkeys(sparsities)]
     number = getattr(torch, _check_dtype(dtype))
-    if repeats < 1 or any(size < 1 for shape in shapes for size in shape):
+    if repeats < 1 or not shapes or any(size < 1 for shape in shapes for size in shape):
         raise OptionError(f"repeats is {repeats} and shapes are {list(shapes)}; give numbers of at least 1")
     timed: list[tuple[int, int, float | None, float, float]] = []  # in, out, sparsity, fraction read, seconds
     bandwidths: dict[tuple[int, int], float] = {}
-    with progress("timing", len(shapes) * repeats, "turns") as advance:
-        for n_in, n_out in shapes:
+    with progress("Timing", len(dict.fromkeys(shapes)) * repeats, "turn") as advance:
+        for n_in, n_out in dict.fromkeys(shapes):
             copies = max(2, WORKING_SET // (n_in * n_out * number.itemsize))
             # The same memory is [in, out] to the gated product and [out, in] to the dense one.
             memory = (0.02 * torch.randn(n_in * n_out)).to(number).repeat(copies, 1)
@@ -311,7 +311,7 @@ def _read(memory: Tensor) -> None:
     if compiled := cpu.compiled(torch.float32):
         compiled.read(memory)
     else:
-        memory.view(torch.int64).sum()
+        memory.flatten().view(torch.uint8).sum(dtype=torch.int64)
 
 
 def _dense_call(x: Tensor, n_out: int) -> Callable[[Tensor], object]:
@@ -334,15 +334,14 @@ def _step(model: Any, sparsity: float | None, tokens: Tensor, cache: Any) -> tup
 
 
 @torch.inference_mode()
-def _load_per_token(model: Any, sparsity: float | None, prompt: Tensor) -> tuple[int, float | None]:
-    """Bytes of weights and cutoffs that a token after the prompt reads, and the fraction of inputs it skips."""
-    tied = model.get_input_embeddings().weight is getattr(model.get_output_embeddings(), "weight", None)
-    lookups = [] if tied else [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+def _load_per_token(model: Any, sparsity: float | None, prompt: Tensor, tokens: int) -> tuple[int, float | None]:
+    """Bytes of weights and cutoffs that a token after the prompt reads, and the fraction of inputs it skips, on average."""
     gates = gated_modules(model).values()
-    of_gates = {id(tensor) for module in gates for tensor in (module.weight_t, module.column_norms, module.thresholds)}
-    others = sum(
-        p.nbytes for p in model.parameters() if id(p) not in of_gates and not any(p is table for table in lookups)
-    )
+    own = {id(tensor) for module in gates for tensor in (module.weight_t, module.column_norms, module.thresholds)}
+    # An embedding is looked up, a row a token, unless it is the head as well.
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head}
+    others = sum(p.nbytes for p in model.parameters() if id(p) not in own | tables)
     weights = sum(module.weight_t.nbytes for module in gates)
     if sparsity is None:
         return others + weights, None
@@ -356,11 +355,11 @@ def _load_per_token(model: Any, sparsity: float | None, prompt: Tensor) -> tuple
 
     _, cache = _step(model, sparsity, prompt, None)
     handles = [module.register_forward_pre_hook(count) for module in gates]
-    for k in range(COUNTED):
+    for k in range(tokens):
         _, cache = _step(model, sparsity, prompt[:, k % prompt.shape[1]][None], cache)
     for handle in handles:
         handle.remove()
-    skipped //= COUNTED
+    skipped //= tokens
     cutoffs = sum(4 * module.in_features for module in gates)
     return others + weights - skipped + cutoffs, skipped / weights
 
@@ -413,8 +412,9 @@ def _fit(model: Any, prompt: Tensor, sparsities: Sequence[float]) -> None:
 
         def fit(module: WinaLinear, inputs: tuple[Tensor, ...], sparsity: float = sparsity) -> None:
             grid = torch.tensor(module.grid)
+            below = grid < max(point for point in module.grid if point <= sparsity)
             sample = scores(inputs[0][:, -32:], module.column_norms).flatten()
-            module.thresholds.data = torch.where(grid < sparsity, module.thresholds, sample.quantile(grid))
+            module.thresholds.data = torch.where(below, module.thresholds, sample.quantile(grid))
             module.thresholds.data[0] = 0
             module.set_sparsity(sparsity)
 

@@ -63,7 +63,7 @@ def _shapes(context: click.Context, parameter: click.Parameter, values: Sequence
     found = []
     for part in _split(context, parameter, values):
         inputs, _, outputs = part.partition("x")
-        if not (inputs.isdigit() and outputs.isdigit()):
+        if not (inputs.isdecimal() and outputs.isdecimal()):
             raise click.BadParameter(f"{part!r}; give INPUTSxOUTPUTS, such as 4096x14336")
         found.append((int(inputs), int(outputs)))
     return tuple(found)
@@ -382,20 +382,22 @@ def bench_command(
 
     if kernels and (folder or random):
         raise OptionError("--kernels times products of random numbers; give neither DIR nor --random")
+    if shapes and not kernels:
+        raise OptionError("--shapes goes with --kernels")
     _quiet_transformers()
     if threads:
         torch.set_num_threads(threads)
     shared: dict[str, Any] = {"sparsities": sparsities or SPARSITIES, "progress": _progress(quiet)}
     if kernels:
         dtype = "bfloat16" if dtype == "auto" else dtype
-        measured = bench_products(shapes or SHAPES, dtype=dtype, repeats=repeats or 31, **shared)
+        measured = bench_products(shapes or SHAPES, dtype=dtype, repeats=31 if repeats is None else repeats, **shared)
     else:
         measured = bench_model(
             folder,
             random=random,
             prompt_tokens=prompt_tokens,
             tokens=tokens,
-            repeats=repeats or 3,
+            repeats=3 if repeats is None else repeats,
             dtype=dtype,
             **shared,
         )
