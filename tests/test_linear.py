@@ -1,4 +1,4 @@
-"""WinaLinear: the module in a loaded model."""
+"""WinaLinear and DenseLinear: the modules in a loaded model."""
 
 import copy
 from itertools import pairwise
@@ -9,7 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from wina_convert.runtime.linear import WinaLinear, gated_modules
+from wina_convert.runtime import linear
+from wina_convert.runtime.linear import DenseLinear, WinaLinear, gated_modules
 
 GRID = (0.0, 0.25, 0.5, 0.95)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -255,3 +256,69 @@ def test_the_fraction_skipped_grows_with_the_sparsity(seed, dtype):
         gate.set_sparsity(sparsity)
         skipped.append((x.float().abs() <= gate.tau).sum().item())
     assert skipped == sorted(skipped)
+
+
+def twins(dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[nn.Linear, DenseLinear]:
+    """An nn.Linear, and a DenseLinear that was made of its equal."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        plain = nn.Linear(24, 10, bias, dtype=dtype)
+    dense = copy.deepcopy(plain)
+    dense.__class__ = DenseLinear
+    return plain, dense
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (0, 24), (8, 24), (9, 24), (2, 4, 24), (2, 1, 7, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_dense_module_is_the_linear_layer_it_was(bias, shape, dtype):
+    plain, dense = twins(dtype, bias)
+    x = inputs(*shape, dtype=dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(dense(x), plain(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 8, 20])
+@pytest.mark.parametrize(("x_grad", "weight_grad"), [(True, True), (True, False), (False, True)])
+def test_a_dense_module_gives_the_gradients_of_a_linear_layer(x_grad, weight_grad, rows, dtype):
+    results = []
+    for module in twins(dtype):
+        x = inputs(rows, 24, dtype=dtype).requires_grad_(x_grad)
+        module.requires_grad_(weight_grad)
+        y = module(x)
+        y.square().sum().backward()
+        results.append([y.detach(), *(t.grad for t in (x, module.weight, module.bias) if t.requires_grad)])
+    assert len(results[1]) == 1 + x_grad + 2 * weight_grad
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_dense_module_takes_the_fast_product_only_where_no_gradient_is_wanted(enabled, frozen, monkeypatch):
+    calls = []
+    monkeypatch.setattr(linear, "dense_linear", lambda *args: calls.append(args) or nn.functional.linear(*args))
+    plain, dense = twins()
+    x = inputs(2, 24)
+    with torch.set_grad_enabled(enabled):
+        y = dense.requires_grad_(not frozen)(x)
+    assert len(calls) == (frozen or not enabled)
+    assert torch.equal(y, plain(x))
+
+
+def test_a_dense_module_is_stored_and_loaded_as_a_linear_layer():
+    plain, _ = twins()
+    dense = DenseLinear(24, 10)
+    assert list(dense.state_dict()) == list(plain.state_dict()) == ["weight", "bias"]
+    dense.load_state_dict(plain.state_dict())
+    assert all(torch.equal(dense.state_dict()[name], value) for name, value in plain.state_dict().items())
+    assert DenseLinear(24, 10, device="meta")(torch.empty(2, 24, device="meta")).shape == (2, 10)
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+def test_a_dense_module_refuses_what_a_linear_layer_refuses(rows):
+    _, dense = twins()
+    with torch.no_grad():
+        for x in (inputs(rows, 24, dtype=torch.float64), inputs(rows, 24, dtype=torch.bfloat16), inputs(rows, 23)):
+            with pytest.raises((RuntimeError, ValueError)):
+                dense(x)

@@ -86,9 +86,10 @@ class WinaLinear(nn.Module):
         tau = self.tau if self.tau is not None else self._cutoffs()
         if self.dense_prefill and x.dim() > 1 and x.shape[-2] > 1:
             tau = torch.full_like(tau, -1.0)  # no magnitude is below
-        x = x.to(self.weight_t.dtype)  # under autocast they may differ
-        y: Tensor = gated_linear(x, self.weight_t, tau, self.bias)
-        return y
+        weight_t = self.weight_t
+        if x.dtype != weight_t.dtype:  # under autocast
+            x = x.to(weight_t.dtype)
+        return gated_linear(x, weight_t, tau, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before: dict[str, Any] = {name: getattr(self, name) for name in EXACT if getattr(self, name) is not None}
