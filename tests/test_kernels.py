@@ -285,3 +285,16 @@ def test_a_compiled_call_has_the_gradient_of_the_eager_one(rows):
     (eager,) = torch.autograd.grad(call(x), x)
     (compiled,) = torch.autograd.grad(torch.compile(call, fullgraph=True, backend="aot_eager")(x), x)
     torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [2, 20])
+def test_a_projection_without_inputs_gives_the_bias(rows, dtype):
+    bias = torch.ones(3, dtype=dtype)
+    y = gated_linear(torch.zeros(rows, 0, dtype=dtype), torch.zeros(0, 3, dtype=dtype), torch.zeros(0), bias)
+    assert torch.equal(y, bias.expand(rows, 3))
+
+
+def test_a_weight_on_another_device_is_refused():
+    with pytest.raises(RuntimeError, match="x is on cpu and the weight on meta"):
+        gated_linear(torch.ones(1, 3), torch.ones(3, 2, device="meta"), torch.zeros(3), None)

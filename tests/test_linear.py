@@ -322,3 +322,34 @@ def test_a_dense_module_refuses_what_a_linear_layer_refuses(rows):
         for x in (inputs(rows, 24, dtype=torch.float64), inputs(rows, 24, dtype=torch.bfloat16), inputs(rows, 23)):
             with pytest.raises((RuntimeError, ValueError)):
                 dense(x)
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+def test_under_autocast_a_float32_projection_stays_float32_and_gradients_flow(rows):
+    gate = make()
+    gate.set_sparsity(0.5)
+    x = inputs(rows, gate.in_features)
+    expected = gate(x)
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = gate(x)
+    torch.testing.assert_close(y.detach(), expected)
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+def test_a_dense_layer_follows_autocast_like_a_plain_one(rows):
+    dense, plain = DenseLinear(24, 10).requires_grad_(False), torch.nn.Linear(24, 10).requires_grad_(False)
+    plain.load_state_dict(dense.state_dict())
+    x = inputs(rows, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(dense(x), plain(x))
+
+
+def test_a_trainable_bias_of_a_dense_layer_gets_its_gradient():
+    dense = DenseLinear(24, 10).requires_grad_(False)
+    dense.bias.requires_grad_(True)
+    dense(inputs(2, 24)).sum().backward()
+    assert torch.equal(dense.bias.grad, torch.full((10,), 2.0))

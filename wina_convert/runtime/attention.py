@@ -24,6 +24,8 @@ def attention(
         query, key, value = query.float(), key.float(), value.float()
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.float()
+        if kwargs.get("position_bias") is not None:
+            kwargs["position_bias"] = kwargs["position_bias"].float()
     output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return output.to(dtype), weights
 

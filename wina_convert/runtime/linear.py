@@ -113,8 +113,9 @@ class DenseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the model's dtype."""
-        frozen = not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
-        if frozen and x.device.type == "cpu" and x.dtype == self.weight.dtype:
+        trained = any(tensor is not None and tensor.requires_grad for tensor in (x, self.weight, self.bias))
+        plain = (trained and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu")
+        if not plain and x.device.type == "cpu" and x.dtype == self.weight.dtype:
             return dense_linear(x, self.weight, self.bias)
         return super().forward(x)
 

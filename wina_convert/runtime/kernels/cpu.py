@@ -28,7 +28,8 @@ def gated_linear(x: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) 
     if x.dtype not in HALF or (not few and multiplies(x.dtype)):
         return reference.gated_linear(x, weight_t, tau, bias)
     # Without instructions for it torch multiplies by a transposed half-precision weight element by element.
-    y = (_bag if few else _widen)(x.reshape(-1, x.shape[-1]), weight_t, tau, bias)
+    with torch.autocast("cpu", enabled=False):
+        y = (_bag if few else _widen)(x.reshape(-1, x.shape[-1]), weight_t, tau, bias)
     return y.view(*x.shape[:-1], weight_t.shape[1])
 
 
@@ -85,6 +86,6 @@ def _widen(rows: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) -> 
     y = rows.new_empty(len(rows), weight_t.shape[1])
     for left in range(0, weight_t.shape[1], COLUMNS):
         block = slice(left, left + COLUMNS)
-        product = active @ weight_t[:, block].float()
-        y[:, block] = product if bias is None else product.add_(bias[block])
+        widened = weight_t[:, block].float()
+        y[:, block] = active @ widened if bias is None else torch.addmm(bias[block].float(), active, widened)
     return y

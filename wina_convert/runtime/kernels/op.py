@@ -21,10 +21,15 @@ torch.library.impl("wina::dense_linear", "default", linear)
 torch.library.impl("wina::dense_linear", "cpu", cpu.dense_linear)
 
 
-torch.library.register_fake(
-    "wina::gated_linear", lambda x, weight_t, tau, bias: x.new_empty((*x.shape[:-1], weight_t.shape[1]))
-)
-torch.library.register_fake("wina::dense_linear", lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])))
+torch.library.register_fake("wina::gated_linear", lambda x, weight_t, tau, bias: _empty(x, weight_t, weight_t.shape[1]))
+torch.library.register_fake("wina::dense_linear", lambda x, weight, bias: _empty(x, weight, weight.shape[0]))
+
+
+def _empty(x: Tensor, weight: Tensor, n_out: int) -> Tensor:
+    torch._check(x.device == weight.device, lambda: f"x is on {x.device} and the weight on {weight.device}")
+    return x.new_empty((*x.shape[:-1], n_out))
+
+
 _gated_linear = torch.ops.wina.gated_linear.default
 _dense_linear = torch.ops.wina.dense_linear.default
 
@@ -44,7 +49,7 @@ class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight_t, tau = ctx.saved_tensors
-        return linear(gradient, weight_t).masked_fill(dropped(x, tau), 0), None, None, None
+        return linear(gradient.to(x.dtype), weight_t).masked_fill(dropped(x, tau), 0), None, None, None
 
 
 def gated_linear(x: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) -> Tensor:

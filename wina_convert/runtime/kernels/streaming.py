@@ -344,7 +344,7 @@ def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None, n_in: int, n_out: i
     if bias is not None and (bias.shape != (n_out,) or bias.dtype is not weight.dtype):
         raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}; {weight.dtype} [{n_out}] is needed")
     threads = min(torch.get_num_threads(), 1 + n_in * n_out // GRAIN)
-    return x.new_empty((*x.shape[:-1], n_out)), x.numel() // n_in, threads
+    return x.new_empty((*x.shape[:-1], n_out)), x.shape[:-1].numel(), threads
 
 
 def _run(
