@@ -241,7 +241,11 @@ def _check_config(name: str, config: dict[str, Any]) -> None:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise SourceError(f"{name} is quantized ({method}); convert the original float checkpoint")
     model_type = config.get("model_type")
-    classes = [str(entry) for entry in config.get("architectures") or []]
+    classes = config.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(entry, str) for entry in classes):
+        raise SourceError(
+            f"{name}: architectures in its config.json is {classes!r}, not a list of names; get the file again"
+        )
     if classes and not any(entry.endswith(CAUSAL_LM) for entry in classes):
         raise SourceError(f"{name} is not a causal language model ({', '.join(classes)}); give one that generates text")
     experts = next((key for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key)), None)
