@@ -1,13 +1,11 @@
 """A WINA checkpoint on disk: staging and publishing it, its tensors and config, and reading it back."""
 
-import errno
 import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from .runtime.loader import install
 from .scoring import column_norms
 from .shards import read_headers, read_tensors
 from .source import CONFIG, Source, read_config, sidecars
+from .staging import unwritable
 from .stream import Reader, StreamedModel, build_skeleton, checkpoint_keys
 
 REPORT = "wina_report.json"
@@ -40,7 +39,7 @@ def check_target(out: Path, model: str, overwrite: bool) -> None:
         target = out.resolve()
         target.exists()
     except OSError as error:
-        raise _unwritable(out, error) from error
+        raise unwritable(out, error) from error
     source = Path(model).resolve()
     if Path(model).is_dir() and (target == source or source in target.parents or target in source.parents):
         raise CheckpointError(f"{out} and the source {model} lie one inside the other; choose another --out")
@@ -72,59 +71,6 @@ def check_space(out: Path, needed: int) -> None:
         raise CheckpointError(
             f"{out} needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; free some, or choose another --out"
         )
-
-
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A hidden folder beside the target, which becomes the target when the with-block succeeds and else disappears.
-
-    Raises:
-        CheckpointError: the folder cannot be written: read-only, full, gone.
-    """
-    target = out.resolve()
-    new_parents = [parent for parent in target.parents if not parent.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".staging", dir=target.parent))
-    except OSError as error:
-        raise _unwritable(out, error) from error
-    try:
-        staging.chmod(0o755)  # mkdtemp gives the owner alone access, which a checkpoint does not need
-        yield staging
-        _publish(staging, target)
-    except OSError as error:
-        raise _unwritable(out, error) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        for parent in new_parents:
-            with suppress(OSError):
-                parent.rmdir()  # only where the target did not come
-
-
-def _publish(staging: Path, target: Path) -> None:
-    if target.is_dir() and any(target.iterdir()):
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".replaced", dir=target.parent)) / "old"
-        try:
-            target.rename(old)
-            staging.rename(target)
-        except BaseException:
-            if old.exists() and not target.exists():
-                old.rename(target)
-            raise
-        finally:
-            shutil.rmtree(old.parent, ignore_errors=True)
-    else:
-        staging.rename(target)  # replaces an empty folder
-
-
-def _unwritable(out: Path, error: OSError) -> CheckpointError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CheckpointError(
-            f"the disk of {out} is full; free some space or choose another --out; nothing was written"
-        )
-    return CheckpointError(
-        f"{out} cannot be written ({error.strerror or error}); choose another --out; nothing was written"
-    )
 
 
 def stored_tensors(source: Source, plan: ConversionPlan, keys: Iterable[str]) -> dict[str, Tensor]:

@@ -139,7 +139,13 @@ CONVERT_OPTIONS: list[Callable[..., Any]] = [
     click.option(
         "--ignore", multiple=True, callback=_split, help="Patterns to leave dense, such as 'model.layers.0.*'."
     ),
-    click.option("--overwrite", is_flag=True, help="Replace an existing WINA checkpoint."),
+    click.option(
+        "--overwrite", is_flag=True, help="Replace an existing WINA checkpoint, or discard an unfinished one."
+    ),
+    click.option("--resume", is_flag=True, help="Continue an interrupted conversion; the same options are needed."),
+    click.option(
+        "--keep/--no-keep", default=True, show_default=True, help="Leave an interrupted conversion for --resume."
+    ),
     click.option("--dry-run", is_flag=True, help="Print the plan, time and disk expected, and touch nothing."),
     click.option("--plot", is_flag=True, help="Also write PNG pictures (needs the extra 'plot')."),
     click.option("--revision", help="Branch, tag or commit on the Hub."),

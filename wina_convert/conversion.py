@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from . import __version__
 from . import plot as pictures
-from .calibrate import calibrate_layer
+from .calibrate import States, calibrate_layer
 from .card import write_card
 from .checkpoint import (
     REPORT,
@@ -20,7 +21,6 @@ from .checkpoint import (
     check_target,
     copy_sidecars,
     gated_stream,
-    staged,
     stored_tensors,
     write_config,
     write_json,
@@ -34,6 +34,7 @@ from .runtime.linear import gated_modules
 from .runtime.loader import sentinel
 from .shards import ShardWriter, shard_bytes
 from .source import Source, open_source
+from .staging import Staging, staged
 from .text import BUNDLED, HELD_OUT, load_tokenizer, read_documents, sequence_length, sequences, split
 from .thresholds import levels, threshold_curve
 from .verify import verify
@@ -55,6 +56,8 @@ def convert(
     targets: Sequence[str] = ("all",),
     ignore: Sequence[str] = (),
     overwrite: bool = False,
+    resume: bool = False,
+    keep: bool = True,
     dry_run: bool = False,
     plot: bool = False,
     revision: str | None = None,
@@ -82,7 +85,9 @@ def convert(
         max_shard_size: largest weight file, such as "5GB".
         targets: "all", "attention", "mlp" or glob patterns of module names.
         ignore: glob patterns of module names to leave dense.
-        overwrite: replace an existing WINA checkpoint.
+        overwrite: replace an existing WINA checkpoint, or discard an unfinished one.
+        resume: continue an unfinished conversion with the same arguments, where there is one.
+        keep: leave an interrupted conversion in a hidden folder beside `out`, for `resume`.
         dry_run: return the plan and touch nothing.
         plot: also write pictures (needs matplotlib).
         revision: branch, tag or commit on the Hub.
@@ -132,31 +137,36 @@ def convert(
         source={"name": source.name, "revision": source.revision},
         tool_version=__version__,
     )
-    with staged(Path(out)) as folder:
+    versions = {"wina-convert": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    options = {
+        "sparsity": sparsity,
+        "calibration": config.calibration["text"],
+        "samples": samples,
+        "seq_len": length,
+        "batch_size": batch_size,
+        "seed": seed,
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "targets": list(targets),
+        "ignore": list(ignore),
+    }
+    identity = {
+        "source": config.source | {"files": fingerprints(source)},
+        "options": options | {"device": str(target), "plot": plot},
+        "versions": versions,
+        "calibration": config.calibration,
+    }
+    with staged(Path(out), identity, resume, keep, overwrite) as staging:
+        folder = staging.folder
         with ShardWriter(folder, plan.tensors, max_shard_size) as shards:
-            curves = write_tensors(source, plan, config, tokens, batch_size, target, shards, progress, keep=plot)
+            curves = write_tensors(source, plan, config, tokens, batch_size, target, shards, staging, progress, plot)
         write_config(folder, source, config, plan)
         copy_sidecars(source, folder)
         verification = verify(source, plan, folder, held_out, target, batch_size, progress)
         report = {
-            "versions": {
-                "wina-convert": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            "versions": versions,
             "source": config.source,
-            "options": {
-                "sparsity": sparsity,
-                "calibration": config.calibration["text"],
-                "samples": samples,
-                "seq_len": length,
-                "batch_size": batch_size,
-                "seed": seed,
-                "dtype": dtype,
-                "max_shard_size": max_shard_size,
-                "targets": list(targets),
-                "ignore": list(ignore),
-            },
+            "options": options,
             **shape_report(plan, sparsity),
             "calibration": config.calibration,
             "verification": {"sequences": len(held_out), **verification.as_dict()},
@@ -176,13 +186,14 @@ def write_tensors(
     batch_size: int,
     device: torch.device,
     shards: ShardWriter,
+    staging: Staging,
     progress: Progress,
-    keep: bool = False,
+    plot: bool,
 ) -> dict[str, pictures.ScoreCurve]:
-    """Calibrate and write the model layer by layer.
+    """Calibrate and write the model layer by layer, from the snapshot on where there is one.
 
     Returns:
-        the distribution of scores of every projection near the default sparsity, where `keep` asks for it.
+        the distribution of scores of every projection near the default sparsity, where `plot` asks for it.
     """
 
     def read(keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -197,16 +208,25 @@ def write_tensors(
     kept: dict[str, pictures.ScoreCurve] = {}
     sparsity = config.sparsity or 0.0
     shown = min(config.calibration["levels"], key=lambda level: abs(level - sparsity))
-    with progress("Writing embeddings", sum(source.tensors[key].nbytes for key in outside), "B") as advance:
-        for key in outside:
-            shards.write(stored_tensors(source, plan, [key]))
-            advance(source.tensors[key].nbytes)
-        shards.write({plan.sentinel: sentinel()})
     embedded = model.embed(tokens.split(batch_size))
-    states = {level: list(embedded) for level in config.calibration["levels"]}
+    done = 0
+    if staging.snapshot is None:
+        with progress("Writing embeddings", sum(source.tensors[key].nbytes for key in outside), "B") as advance:
+            for key in outside:
+                shards.write(stored_tensors(source, plan, [key]))
+                advance(source.tensors[key].nbytes)
+            shards.write({plan.sentinel: sentinel()})
+        states = {level: list(embedded) for level in config.calibration["levels"]}
+    else:
+        done = staging.snapshot.layers
+        shards.skip({*outside, plan.sentinel, *(key for keys in by_layer[:done] for key in keys)})
+        states, kept = _restore(staging.snapshot.tensors, device)
     del embedded
-    with progress("Calibrating and writing layers", plan.n_layers * len(tokens) * len(states), "sequence") as advance:
-        for index, keys in enumerate(by_layer):
+    saved, cost = time.monotonic(), 0.0
+    units = plan.n_layers * len(tokens) * len(config.calibration["levels"])
+    with progress("Calibrating and writing layers", units, "sequence") as advance:
+        advance(done * units // plan.n_layers)
+        for index, keys in enumerate(by_layer[done:], done):
             names = [
                 key.replace(".weight_t", ".weight")
                 for key in keys
@@ -222,9 +242,54 @@ def write_tensors(
                     gate.tau = None
             for name, found in histograms.items():
                 shards.write({f"{keys_of[name]}.thresholds": threshold_curve(found, GRID)})
-                if keep:
+                if plot:
                     kept[name] = pictures.score_curve(found[shown], sparsity)
+            # A snapshot may take a second and a layer too: it may cost a twentieth of the time.
+            now, last = time.monotonic(), index + 1 == plan.n_layers
+            if last or now - saved >= 20 * cost:
+                shards.sync()
+                staging.save(index + 1, _carried({} if last else states, kept))
+                saved = time.monotonic()
+                cost = saved - now
     return kept
+
+
+def _carried(states: States, kept: Mapping[str, pictures.ScoreCurve]) -> dict[str, Tensor]:
+    """What goes from layer to layer, as named tensors."""
+    tensors = {f"states/{level}/{n}": batch for level, batches in states.items() for n, batch in enumerate(batches)}
+    for name, curve in kept.items():
+        tensors |= {f"scores/{name}": curve.scores, f"density/{name}": curve.density}
+        tensors[f"threshold/{name}"] = torch.tensor(curve.threshold, dtype=torch.float64)
+    return tensors
+
+
+def _restore(tensors: Mapping[str, Tensor], device: torch.device) -> tuple[States, dict[str, pictures.ScoreCurve]]:
+    """The inverse of `_carried`."""
+    states: dict[float, dict[int, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("states/"):
+            _, level, number = name.split("/")
+            states.setdefault(float(level), {})[int(number)] = tensor.to(device)
+    kept = {
+        name.removeprefix("scores/"): pictures.ScoreCurve(
+            tensor,
+            tensors[name.replace("scores/", "density/", 1)],
+            tensors[name.replace("scores/", "threshold/", 1)].item(),
+        )
+        for name, tensor in tensors.items()
+        if name.startswith("scores/")
+    }
+    return {level: [batches[n] for n in range(len(batches))] for level, batches in states.items()}, kept
+
+
+def fingerprints(source: Source) -> dict[str, Any]:
+    """What shows that a source changed: its config's hash, and size and time of change of its weight files."""
+    files = sorted({spec.file for spec in source.tensors.values()})
+    stats = {file: (source.folder / file).stat() for file in files}
+    return {
+        "config.json": hashlib.sha256(source.config_text.encode()).hexdigest(),
+        **{file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
+    }
 
 
 def choose_device(device: str) -> torch.device:

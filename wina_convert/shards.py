@@ -211,12 +211,17 @@ class ShardWriter:
         self.files: dict[str, BinaryIO] = {}
         self.offsets: dict[str, int] = {}
 
+    def skip(self, names: Iterable[str]) -> None:
+        """Tensors that are in the files already, from a conversion that was interrupted."""
+        for name in names:
+            del self.pending[name]
+
     def __enter__(self) -> Self:
         for file, names in self.split.filename_to_tensors.items():
             header, starts, size = _layout([self.pending[name] for name in names])
             self.offsets |= starts
             try:
-                self.files[file] = handle = (self.folder / file).open("wb")
+                self.files[file] = handle = (self.folder / file).open("r+b" if (self.folder / file).exists() else "wb")
                 handle.write(header)
                 handle.flush()
                 handle.truncate(size)
@@ -228,6 +233,12 @@ class ShardWriter:
             index = {"metadata": {"total_size": total}, "weight_map": self.split.tensor_to_filename}
             (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
         return self
+
+    def sync(self) -> None:
+        """Have everything written so far on the disk."""
+        for handle in self.files.values():
+            handle.flush()
+            os.fsync(handle.fileno())
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors at their place; each exactly once, with the planned dtype and shape."""
@@ -247,9 +258,7 @@ class ShardWriter:
             if kind is None:
                 if self.pending:
                     raise ValueError(f"never written: {', '.join(sorted(self.pending))}")
-                for handle in self.files.values():
-                    handle.flush()
-                    os.fsync(handle.fileno())
+                self.sync()
         finally:
             self._close()
 

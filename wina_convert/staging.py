@@ -1,0 +1,195 @@
+"""Where a conversion lives until it is complete: a hidden folder beside the target, locked, resumable, published by a rename.
+
+A reader never sees half a checkpoint. A killed process leaves the hidden folder with everything up to its last snapshot, and
+a lock that dies with it.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import CheckpointError, WinaError
+
+SNAPSHOT = ".snapshot.safetensors"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a conversion needs to go on after some decoder layers.
+
+    Attributes:
+        layers: how many are finished and written.
+        tensors: whatever the conversion carries from layer to layer, by name.
+    """
+
+    layers: int
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Staging:
+    """The folder of an unfinished checkpoint.
+
+    Attributes:
+        folder: where its files are.
+        identity: everything that decides its bytes: source, options, versions, calibration.
+        snapshot: where to go on; None: at the beginning.
+    """
+
+    folder: Path
+    identity: dict[str, Any]
+    snapshot: Snapshot | None
+
+    def save(self, layers: int, tensors: Mapping[str, Tensor]) -> None:
+        """Record that so many layers are finished; their weights are on the disk already."""
+        beside = self.folder / f"{SNAPSHOT}.new"
+        metadata = {"layers": str(layers), "identity": json.dumps(self.identity)}
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata)
+        _sync(beside)
+        beside.replace(self.folder / SNAPSHOT)
+
+
+@contextmanager
+def staged(out: Path, identity: Mapping[str, Any], resume: bool, keep: bool, overwrite: bool) -> Iterator[Staging]:
+    """A hidden folder beside the target, which becomes the target when the with-block succeeds.
+
+    If the block fails for a reason outside the conversion (interrupted, disk full), the folder stays for `resume` if `keep` says
+    so and a layer is finished; after an error of the conversion itself, which would come again, it goes.
+
+    Args:
+        out: the target.
+        identity: everything that decides the bytes of the checkpoint, as JSON.
+        resume: go on from the snapshot of an unfinished conversion, where there is one.
+        keep: leave the folder when interrupted.
+        overwrite: discard an unfinished conversion.
+
+    Raises:
+        CheckpointError: another conversion to this target is running; an unfinished one is there and neither `resume` nor
+            `overwrite` is given, or it is of something else; the folder cannot be written: read-only, full, gone.
+    """
+    target = out.resolve()
+    folder = target.with_name(f".{target.name}.wina-staging")
+    new_parents = [parent for parent in target.parents if not parent.exists()]
+    lock = FileLock(target.with_name(f".{target.name}.wina-lock"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise CheckpointError(f"another conversion to {out} is running; wait for it or choose another --out") from error
+    except OSError as error:
+        raise unwritable(out, error) from error
+    kept = False
+    try:
+        recover(target)
+        snapshot = _begin(out, folder, identity, resume, overwrite)
+        yield Staging(folder, dict(identity), snapshot)
+        (folder / SNAPSHOT).unlink(missing_ok=True)
+        _publish(folder, target)
+    except BaseException as error:
+        kept = keep and not isinstance(error, WinaError) and (folder / SNAPSHOT).exists()
+        if isinstance(error, OSError):
+            raise unwritable(out, error, kept) from error
+        raise
+    finally:
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
+        with suppress(OSError):
+            Path(lock.lock_file).unlink(missing_ok=True)
+        for parent in new_parents:
+            with suppress(OSError):
+                parent.rmdir()  # only where nothing came
+
+
+def _begin(out: Path, folder: Path, identity: Mapping[str, Any], resume: bool, overwrite: bool) -> Snapshot | None:
+    """Make the folder, or take up the one that is there."""
+    if (folder / SNAPSHOT).exists():
+        found, snapshot = _read_snapshot(folder / SNAPSHOT)
+        if not (resume or overwrite):
+            raise CheckpointError(
+                f"an unfinished conversion to {out} is there, {snapshot.layers} layers done; pass --resume to continue it, or "
+                "--overwrite to start anew"
+            )
+        if resume:
+            changed = difference(found, identity)
+            if changed:
+                raise CheckpointError(
+                    f"the unfinished conversion to {out} is of something else: {changed}; use what it began with, or pass "
+                    "--overwrite to start anew"
+                )
+            return snapshot
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return None
+
+
+def _read_snapshot(path: Path) -> tuple[dict[str, Any], Snapshot]:
+    with safe_open(path, framework="pt") as stored:
+        metadata = stored.metadata()
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
+    return json.loads(metadata["identity"]), Snapshot(int(metadata["layers"]), tensors)
+
+
+def difference(before: Any, now: Any, where: str = "") -> str:
+    """The first difference of two JSON values, in words; empty where there is none."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted({*before, *now}):
+            inner = difference(before.get(name), now.get(name), f"{where}.{name}" if where else name)
+            if inner:
+                return inner
+        return ""
+    return "" if before == now else f"{where} was {before!r} and is {now!r}"
+
+
+def recover(target: Path) -> None:
+    """Put back the checkpoint that a killed process had moved aside to replace it."""
+    old = _replaced(target)
+    if old.exists() and not target.exists():
+        old.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _publish(folder: Path, target: Path) -> None:
+    for path in (*(path for path in folder.rglob("*") if path.is_file()), folder):
+        _sync(path)
+    if target.is_dir() and any(target.iterdir()):
+        target.rename(_replaced(target))
+        try:
+            folder.rename(target)
+        finally:
+            recover(target)
+    else:
+        folder.rename(target)  # replaces an empty folder
+    _sync(target.parent)
+
+
+def _replaced(target: Path) -> Path:
+    return target.with_name(f".{target.name}.wina-replaced")
+
+
+def _sync(path: Path) -> None:
+    """Have a file or folder on the disk, not only on its way to it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def unwritable(out: Path, error: OSError, kept: bool = False) -> CheckpointError:
+    """The error to raise where the target cannot be written."""
+    left = "pass --resume to continue then" if kept else "nothing was written"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CheckpointError(f"the disk of {out} is full; free some space or choose another --out; {left}")
+    return CheckpointError(f"{out} cannot be written ({error.strerror or error}); choose another --out; {left}")
