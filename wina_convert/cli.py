@@ -324,6 +324,23 @@ def generate_command(folder: str, prompt: str, device: str, quiet: bool, **optio
         click.echo(f"[{done.tokens} tokens{speed}]", err=True)
 
 
+@wina.command("verify")
+@click.argument("folder", metavar="DIR")
+@quiet_option
+def verify_command(folder: str, quiet: bool) -> None:
+    """Check every file of a checkpoint against its manifest, and its tensors and config against each other.
+
+    \b
+    Example:
+      wina verify ./llama-wina
+    """
+    from .integrity import verify_folder
+
+    count = verify_folder(folder, _progress(quiet))
+    if not quiet:
+        click.echo(f"{folder}: {count} files are as they were written")
+
+
 @wina.command("retarget")
 @click.argument("folder", metavar="DIR")
 @click.option("--sparsity", type=float, required=True, help="The new default, 0 to 0.95.")

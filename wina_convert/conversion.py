@@ -28,13 +28,14 @@ from .checkpoint import (
 from .config import GRID, WinaConfig, check_sparsity
 from .errors import CalibrationError, OptionError
 from .estimate import plan_report, shape_report
+from .integrity import write_manifest
 from .plan import ConversionPlan, make_plan
 from .progress import Progress, silent
 from .runtime.linear import gated_modules
 from .runtime.loader import sentinel
 from .shards import ShardWriter, shard_bytes
 from .source import Source, open_source
-from .staging import Staging, staged
+from .staging import SNAPSHOT, Staging, staged
 from .text import BUNDLED, HELD_OUT, load_tokenizer, read_documents, sequence_length, sequences, split
 from .thresholds import levels, threshold_curve
 from .verify import verify
@@ -175,6 +176,8 @@ def convert(
         write_card(folder, source, report)
         if plot:
             pictures.draw_conversion(folder, report, curves)
+        (folder / SNAPSHOT).unlink()
+        write_manifest(folder)
     return report
 
 

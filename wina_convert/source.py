@@ -266,7 +266,7 @@ def sidecars(folder: Path) -> list[Path]:
 
     Not the weights in any format, config.json and README.md (both rewritten), and hidden files.
     """
-    ours = {CONFIG, "README.md", "wina_report.json"}
+    ours = {CONFIG, "README.md", "wina_report.json", "wina_manifest.json"}
     weights = (*OTHER_WEIGHTS, "*.safetensors", "*.index.json")
     found = []
     for path in sorted(folder.rglob("*")):

@@ -94,7 +94,6 @@ def staged(out: Path, identity: Mapping[str, Any], resume: bool, keep: bool, ove
         recover(target)
         snapshot = _begin(out, folder, identity, resume, overwrite)
         yield Staging(folder, dict(identity), snapshot)
-        (folder / SNAPSHOT).unlink(missing_ok=True)
         _publish(folder, target)
     except BaseException as error:
         kept = keep and not isinstance(error, WinaError) and (folder / SNAPSHOT).exists()
