@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from .checkpoint import open_checkpoint
 from .config import WinaConfig, check_sparsity
 from .errors import OptionError
-from .plan import FLOATS
+from .plan import FLOATS, check_dtype
 from .progress import Progress, silent
 from .runtime import attention
 from .runtime.kernels import cpu, gated_linear
@@ -155,13 +155,13 @@ def bench_model(
         if value < 1:
             raise OptionError(f"{name} is {value}; give at least 1")
     asked = [check_sparsity(sparsity) for sparsity in dict.fromkeys(sparsities)]
-    _check_dtype(dtype, "auto")
+    check_dtype(dtype)
     torch.manual_seed(seed)
     if folder is not None:
-        open_checkpoint(folder)  # it says more about what is wrong than transformers does
-        gated, name = load(folder, dtype=dtype), Path(folder).resolve().name
+        name = open_checkpoint(folder).source.name  # before the load: it says more about what is wrong
+        gated = load(folder, dtype=dtype)
     else:
-        gated, name = _random_model(str(random), "bfloat16" if dtype == "auto" else dtype), f"random {random}"
+        gated, name = random_model(str(random), "bfloat16" if dtype == "auto" else dtype), f"random {random}"
     longest = getattr(gated.config, "max_position_embeddings", prompt_tokens + tokens)
     if prompt_tokens + tokens > longest:
         raise OptionError(f"{prompt_tokens} prompt tokens and {tokens} more exceed the context of {longest}")
@@ -193,10 +193,10 @@ def bench_model(
                     advance(1)
 
         if interleaved:
-            measure({None: _make_dense(_sharing_copy(gated)), **dict.fromkeys(asked, gated)})
+            measure({None: make_dense(_sharing_copy(gated)), **dict.fromkeys(asked, gated)})
         else:  # memory does not hold both
             measure(dict.fromkeys(asked, gated))
-            measure({None: _make_dense(gated)})
+            measure({None: make_dense(gated)})
     bandwidth = WORKING_SET / median(reads)
     dense = clocks[None]
     rows = []
@@ -224,7 +224,7 @@ def bench_products(
     shapes: Sequence[tuple[int, int]] = SHAPES,
     *,
     sparsities: Sequence[float] = SPARSITIES,
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     repeats: int = 31,
     progress: Progress = silent,
 ) -> Benchmark:
@@ -233,7 +233,7 @@ def bench_products(
     Args:
         shapes: (inputs, outputs) of each.
         sparsities: fractions of inputs to skip.
-        dtype: "float32", "bfloat16" or "float16".
+        dtype: "auto" (bfloat16), "float32", "bfloat16" or "float16".
         repeats: calls of each, of which the median counts.
         progress: shows how far it is.
 
@@ -241,7 +241,8 @@ def bench_products(
         OptionError: an option cannot be used.
     """
     asked = [check_sparsity(sparsity) for sparsity in dict.fromkeys(sparsities)]
-    number = getattr(torch, _check_dtype(dtype))
+    check_dtype(dtype)
+    number = FLOATS["bfloat16" if dtype == "auto" else dtype]
     if repeats < 1 or not shapes or any(size < 1 for shape in shapes for size in shape):
         raise OptionError(f"repeats is {repeats} and shapes are {list(shapes)}; give numbers of at least 1")
     timed: list[tuple[int, int, float | None, float, float]] = []  # in, out, sparsity, fraction read, seconds
@@ -275,9 +276,8 @@ def bench_products(
         rate = fraction * n_in * n_out * number.itemsize / took
         dense = next(one[4] for one in timed if one[:3] == (n_in, n_out, None))
         rows.append(ProductSpeed(n_in, n_out, key, took, dense / took, rate, rate / bandwidths[n_in, n_out]))
-    return Benchmark(
-        machine(), date.today().isoformat(), f"single products, {dtype}", bandwidth, True, products=tuple(rows)
-    )
+    described = f"single products, {str(number).removeprefix('torch.')}"
+    return Benchmark(machine(), date.today().isoformat(), described, bandwidth, True, products=tuple(rows))
 
 
 def machine() -> str:
@@ -292,12 +292,6 @@ def machine() -> str:
     return (
         f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
     )
-
-
-def _check_dtype(dtype: str, *others: str) -> str:
-    if dtype not in (*FLOATS, *others):
-        raise OptionError(f"dtype is {dtype!r}; give {', '.join((*others, *FLOATS))}")
-    return dtype
 
 
 def _seconds(call: Callable[..., object], *arguments: Any) -> float:
@@ -364,7 +358,7 @@ def _load_per_token(model: Any, sparsity: float | None, prompt: Tensor, tokens: 
     return others + weights - skipped + cutoffs, skipped / weights
 
 
-def _random_model(size: str, dtype: str) -> Any:
+def random_model(size: str, dtype: str) -> Any:
     """A gated Llama with random weights and no thresholds yet."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.initialization import no_init_weights
@@ -429,7 +423,7 @@ def _sharing_copy(model: Any) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-def _make_dense(model: Any) -> Any:
+def make_dense(model: Any) -> Any:
     """The model in place with plain linear modules, as transformers builds them."""
     for name, module in list(model.named_modules()):
         if isinstance(module, WinaLinear):

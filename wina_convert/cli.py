@@ -412,7 +412,6 @@ def bench_command(
         torch.set_num_threads(threads)
     shared: dict[str, Any] = {"sparsities": sparsities or SPARSITIES, "progress": _progress(quiet)}
     if kernels:
-        dtype = "bfloat16" if dtype == "auto" else dtype
         measured = bench_products(shapes or SHAPES, dtype=dtype, repeats=31 if repeats is None else repeats, **shared)
     else:
         measured = bench_model(

@@ -7,7 +7,7 @@ from typing import Any
 
 from .checkpoint import open_checkpoint
 from .errors import OptionError
-from .plan import FLOATS
+from .plan import check_dtype
 from .runtime.loader import load
 from .text import load_tokenizer
 
@@ -65,8 +65,7 @@ def generate(
 
     if not 0 <= seed < 2**32:
         raise OptionError(f"seed is {seed}; give 0 to {2**32 - 1}")
-    if dtype not in ("auto", *FLOATS):
-        raise OptionError(f"dtype is {dtype!r}; give auto, {', '.join(FLOATS)}")
+    check_dtype(dtype)
     if max_new_tokens < 1 or not temperature >= 0:
         raise OptionError(
             f"max new tokens is {max_new_tokens} and temperature is {temperature}; give at least 1 and at least 0"

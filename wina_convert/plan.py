@@ -174,9 +174,18 @@ def compute_dtype(source: Source, dtype: str = "auto") -> torch.dtype:
         if compute not in FLOATS.values():
             raise SourceError(f"{source.name} is in {compute}; pass --dtype float32, bfloat16 or float16")
         return compute
-    if dtype not in FLOATS:
-        raise OptionError(f"dtype is {dtype!r}; give auto, {', '.join(FLOATS)}")
+    check_dtype(dtype)
     return FLOATS[dtype]
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a dtype that is neither "auto" nor one that a model can have.
+
+    Raises:
+        OptionError: it is another.
+    """
+    if dtype not in ("auto", *FLOATS):
+        raise OptionError(f"dtype is {dtype!r}; give auto, {', '.join(FLOATS)}")
 
 
 def _projections(

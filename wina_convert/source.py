@@ -222,16 +222,6 @@ def _open_headers(
     return Source(model, commit, Path(), config, text, tensors, trust_remote_code)
 
 
-def _parse_config(text: str, where: str) -> dict[str, Any]:
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise SourceError(f"{where} is not JSON ({error}); download the model again") from error
-    if not isinstance(config, dict):
-        raise SourceError(f"{where} is not a JSON object; download the model again")
-    return config
-
-
 def _check_config(name: str, config: dict[str, Any]) -> None:
     """Refuse what its config.json shows cannot be converted."""
     quantization = config.get("quantization_config")

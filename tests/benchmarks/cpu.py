@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import torch
 
-from wina_convert.bench import Benchmark, _make_dense, _random_model, bench_model, bench_products
+from wina_convert.bench import Benchmark, bench_model, bench_products, make_dense, random_model
 from wina_convert.config import WinaConfig
 from wina_convert.progress import bars, silent
 from wina_convert.runtime.linear import gated_modules
@@ -60,13 +60,13 @@ def products(measured: Benchmark) -> list[str]:
 
 def peaks(folder: Path) -> tuple[int, int]:
     """Peak memory in bytes of processes that load the dense and the gated model of 1.2 billion parameters."""
-    model = _random_model("1b", "bfloat16")
+    model = random_model("1b", "bfloat16")
     config = WinaConfig(sparsity=0.5, prefill="gated", modules=list(gated_modules(model)))
     model.config.quantization_config = config
     model.hf_quantizer = WinaQuantizer(config, pre_quantized=True)
     model.save_pretrained(folder / "gated")
     del model.config.quantization_config, model.hf_quantizer
-    _make_dense(model).save_pretrained(folder / "dense")
+    make_dense(model).save_pretrained(folder / "dense")
     del model
     found = []
     for name in ("dense", "gated"):

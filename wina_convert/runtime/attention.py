@@ -1,12 +1,15 @@
 """Attention that does not hold up a gated model on a CPU.
 
-Where the processor has no instructions for half precision, torch's attention takes five times as long in bfloat16 as in
-float32; once the weights are skipped it would take a quarter of a token's time.
+Where the processor has no instructions for half precision, torch's attention takes several times as long in bfloat16 as in
+float32, which shows once the weights are skipped. The loader imports this when transformers is complete.
 """
 
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .kernels import cpu
 
@@ -17,8 +20,6 @@ def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """transformers' "sdpa", in float32 where that is faster; arguments and results are the same."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     dtype = query.dtype
     if query.device.type == "cpu" and dtype in cpu.HALF and not cpu.multiplies(dtype):
         query, key, value = query.float(), key.float(), value.float()
@@ -32,11 +33,9 @@ def attention(
 
 def use(model: Any) -> None:
     """Let a model that was loaded with transformers' "sdpa", its default, compute attention here."""
-    # transformers imports the loader before these modules are complete
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    ALL_ATTENTION_FUNCTIONS.register(SDPA, attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(SDPA, sdpa_mask)
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(SDPA)
+
+
+ALL_ATTENTION_FUNCTIONS.register(SDPA, attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(SDPA, sdpa_mask)

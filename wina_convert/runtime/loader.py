@@ -14,7 +14,6 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..config import INSTALL, WinaConfig, check_sparsity
 from ..errors import CheckpointError
-from . import attention
 from .linear import DenseLinear, WinaLinear, gated_modules
 
 
@@ -38,6 +37,8 @@ class WinaQuantizer(HfQuantizer):
         install(model, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        from . import attention  # here, because transformers imports this module before it is complete
+
         check_loaded(model)
         configure(model, self.quantization_config)
         attention.use(model)
