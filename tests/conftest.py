@@ -16,6 +16,11 @@ from wina_convert import convert
 logging.disable_progress_bar()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=40, help="how often tests/test_kill.py kills a conversion")
+    parser.addoption("--kill-seed", type=int, default=0, help="seed of the moments")
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Path:
     """The embedded trained model: llama, 4 layers, hidden 128, tied, float32, context 256."""

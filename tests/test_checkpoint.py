@@ -1,22 +1,12 @@
-"""A checkpoint appears whole or not at all, with everything of its source, and never in the place of something else."""
+"""A checkpoint holds everything of its source, never takes the place of something else, and can be read and retargeted."""
 
-import builtins
 import errno
-import io
 import json
-import os
 import re
-import resource
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,8 +17,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from wina_convert.checkpoint import open_checkpoint, staged
+from wina_convert.checkpoint import open_checkpoint
 from wina_convert.errors import CheckpointError, OptionError
+from wina_convert.integrity import MANIFEST, verify_folder
 from wina_convert.runtime.linear import gated_modules
 
 
@@ -51,11 +42,6 @@ def failing(error: BaseException) -> Callable[..., Any]:
         raise error
 
     return fail
-
-
-def fail_after_writing(folder: Path, error: BaseException) -> None:
-    (folder / "file").write_text("new")
-    raise error
 
 
 # --- the target ---
@@ -131,221 +117,6 @@ def test_overwrite_through_a_link_keeps_the_link(source: Path, converted: Path, 
     assert open_checkpoint(tmp_path / "real").config.sparsity == 0.25
 
 
-# --- staging ---
-
-
-def test_a_staged_folder_becomes_the_target(tmp_path: Path):
-    with staged(tmp_path / "out") as folder:
-        (folder / "file").write_text("x")
-        assert not (tmp_path / "out").exists()
-        assert folder.parent == tmp_path  # the same disk, so that it can be renamed
-    assert contents(tmp_path) == {"out": b"(folder)", "out/file": b"x"}
-    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
-
-
-@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(1), OSError(errno.EIO, "x")])
-@pytest.mark.parametrize("old", [True, False], ids=["overwrite", "new"])
-def test_a_staged_folder_disappears_on_any_error(error: BaseException, old: bool, tmp_path: Path):
-    if old:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "file").write_text("old")
-    before = contents(tmp_path)
-    expected = CheckpointError if isinstance(error, OSError) else type(error)
-    with pytest.raises(expected), staged(tmp_path / "out") as folder:
-        fail_after_writing(folder, error)
-    assert contents(tmp_path) == before
-
-
-def test_parents_made_for_a_target_disappear_on_an_error(tmp_path: Path):
-    with pytest.raises(ValueError, match="x"), staged(tmp_path / "new" / "deep" / "out"):
-        raise ValueError("x")
-    assert contents(tmp_path) == {}
-
-
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "x"), KeyboardInterrupt()])
-def test_an_error_while_publishing_keeps_what_was_there(
-    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "file").write_text("old")
-    before = contents(tmp_path)
-    rename = Path.rename
-
-    def fail_once(self: Path, target: Path) -> Path:
-        if self.name.endswith(".staging"):
-            raise error
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail_once)
-    with pytest.raises((CheckpointError, KeyboardInterrupt)), staged(tmp_path / "out"):
-        pass
-    assert contents(tmp_path) == before
-
-
-# Functions of a conversion that fail or are interrupted, one after another.
-STEPS = (
-    "wina_convert.conversion.write_tensors",
-    "wina_convert.conversion.calibrate_layer",
-    "wina_convert.conversion.write_config",
-    "wina_convert.conversion.copy_sidecars",
-    "wina_convert.conversion.verify",
-    "wina_convert.conversion.write_card",
-)
-
-
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("old", [True, False], ids=["overwrite", "new"])
-def test_an_interrupt_at_any_step_leaves_what_was_there(
-    step: str, old: bool, source: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    if old:
-        shutil.copytree(converted, tmp_path / "out")
-    before = contents(tmp_path)
-    monkeypatch.setattr(step, failing(KeyboardInterrupt()))
-    result = run(source, "--out", tmp_path / "out", "--overwrite", "--quiet", *SMALL)
-    assert result.exit_code == 130
-    assert result.stderr.strip("\n") == "error: interrupted; nothing was left behind"
-    assert contents(tmp_path) == before
-
-
-FULL = {
-    "weights": "wina_convert.shards.ShardWriter.write",
-    "end of the weights": "os.fsync",
-    "config": "wina_convert.conversion.write_config",
-    "sidecars": "shutil.copyfile",
-    "card": "huggingface_hub.ModelCard.save",
-}
-
-
-@pytest.mark.parametrize("step", FULL.values(), ids=FULL)
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_that_fills_up_is_refused_and_leaves_nothing(
-    step: str, code: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(step, failing(OSError(code, os.strerror(code))))
-    out = tmp_path / "out"
-    line = refused(run(source, "--out", out, "--quiet", *SMALL), f"{out} ", "full", "another --out")
-    assert "staging" not in line
-    assert contents(tmp_path) == {}
-
-
-def test_a_disk_that_fills_up_at_the_report_is_refused_and_leaves_nothing(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    real = io.open
-
-    def full(file: Any, *args: Any, **kwargs: Any) -> Any:
-        if "wina_report.json" in str(file):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(file, *args, **kwargs)
-
-    for module in (io, builtins):
-        monkeypatch.setattr(module, "open", full)
-    out = tmp_path / "out"
-    line = refused(run(source, "--out", out, "--quiet", *SMALL), f"{out} ", "full", "another --out")
-    assert "staging" not in line
-    assert contents(tmp_path) == {}
-
-
-@contextmanager
-def largest_file(nbytes: int) -> Iterator[None]:
-    """Let the system refuse to write files larger than this: a disk that fails, without a disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_disk_that_refuses_a_write_is_one_line(source: Path, tmp_path: Path):
-    with largest_file(100_000):
-        result = run(source, "--out", tmp_path / "out", "--quiet", *SMALL)
-    refused(result, str(tmp_path / "out"), "cannot be written", "another --out", "nothing was written")
-    assert contents(tmp_path) == {}
-
-
-def test_a_disk_with_too_little_space_is_refused_before_anything_is_computed(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=10**12, used=10**12, free=1000))
-    monkeypatch.setattr("wina_convert.conversion.sequences", failing(AssertionError("calibration text was read")))
-    out = tmp_path / "out"
-    refused(run(source, "--out", out), f"{out} needs", str(tmp_path), "free", "another --out")
-    assert contents(tmp_path) == {}
-
-
-def test_a_read_only_folder_is_refused_before_the_source_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("os.access", lambda path, mode: False)  # to root, everything is writable
-    monkeypatch.setattr("wina_convert.conversion.open_source", failing(AssertionError("opened")))
-    out = tmp_path / "out"
-    refused(run("some/model", "--out", out), f"{out} cannot be written", str(tmp_path), "another --out")
-    assert contents(tmp_path) == {}
-
-
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
-def test_a_folder_that_cannot_be_written_is_refused(
-    code: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("tempfile.mkdtemp", failing(OSError(code, os.strerror(code))))
-    out = tmp_path / "out"
-    refused(run(source, "--out", out, *SMALL), f"{out} cannot be written", os.strerror(code), "another --out")
-    assert contents(tmp_path) == {}
-
-
-def test_a_target_below_a_file_is_refused(source: Path, tmp_path: Path):
-    (tmp_path / "file").write_text("x")
-    out = tmp_path / "file" / "out"
-    refused(run(source, "--out", out, *SMALL), f"{out} cannot be written", "another --out")
-    assert contents(tmp_path) == {"file": b"x"}
-
-
-def test_a_name_that_is_too_long_is_refused(source: Path, tmp_path: Path):
-    refused(run(source, "--out", tmp_path / ("x" * 300), *SMALL), "cannot be written", "another --out")
-    assert contents(tmp_path) == {}
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_at_work_leaves_nothing(name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def send(*args: Any) -> None:
-        signal.raise_signal(getattr(signal, name))
-
-    monkeypatch.setattr("wina_convert.conversion.calibrate_layer", send)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
-    try:
-        result = run(source, "--out", tmp_path / "out", "--quiet", *SMALL)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    assert result.exit_code == 130
-    assert result.stderr.strip("\n") == "error: interrupted; nothing was left behind"
-    assert contents(tmp_path) == {}
-
-
-def test_ctrl_c_ends_a_running_program_and_leaves_nothing(tiny: Path, tmp_path: Path):
-    command = [sys.executable, "-m", "wina_convert", tiny, "--out", tmp_path / "out"]
-    process = subprocess.Popen(
-        [*command, "--samples", "100000", "--seq-len", "8", "--quiet"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background has it ignored
-    )
-    try:
-        while not list(tmp_path.glob(".out.*.staging/model.safetensors")):
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.communicate()
-    assert (process.returncode, stdout) == (130, ""), stderr
-    assert stderr.strip("\n") == "error: interrupted; nothing was left behind"
-    assert contents(tmp_path) == {}
-
-
 # --- what a checkpoint holds ---
 
 SIDECARS = {
@@ -383,7 +154,15 @@ def test_everything_beside_the_weights_comes_along_unchanged(source: Path, tmp_p
     found = {name: data for name, data in contents(tmp_path / "out").items() if (tmp_path / "out" / name).is_file()}
     assert {name: found.get(name) for name in SIDECARS} == SIDECARS
     kept = {name for name in contents(source) if name not in ("model.safetensors", "config.json")}
-    assert set(found) == {"config.json", "model.safetensors", "README.md", "wina_report.json", *SIDECARS, *kept}
+    assert set(found) == {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+        "wina_report.json",
+        MANIFEST,
+        *SIDECARS,
+        *kept,
+    }
     for name in kept:
         assert found[name] == (source / name).read_bytes()
 
@@ -461,7 +240,7 @@ def test_retarget_changes_the_one_number(
     succeeded(result)
     assert "31.2%" in result.stdout
     after = contents(out)
-    assert {name for name in before if before[name] != after[name]} == {"config.json"}
+    assert {name for name in before if before[name] != after[name]} == {"config.json", MANIFEST}
     assert set(after) == set(before)
     old, new = before["config.json"], after["config.json"]
     start = next(i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b)
@@ -494,6 +273,7 @@ def test_a_chosen_dtype_changes_the_dtype_alone(name: str, field: str | None, so
 def test_a_retargeted_checkpoint_loads_at_its_new_sparsity(sparsity: float, converted: Path, tmp_path: Path):
     out = shutil.copytree(converted, tmp_path / "out")
     succeeded(run_wina("retarget", out, "--sparsity", sparsity))
+    verify_folder(out)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert {gate.sparsity for gate in gated_modules(model).values()} == {sparsity}
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import wina_convert
 from wina_convert.errors import OptionError
+from wina_convert.integrity import MANIFEST
 from wina_convert.progress import lines
 
 FAST: dict[str, Any] = {"samples": 4, "seq_len": 32, "batch_size": 8}
@@ -160,6 +161,7 @@ def test_plot_writes_two_pictures(tiny: Path, tmp_path: Path) -> None:
     plain = wina_convert.convert(str(tiny), tmp_path / "plain", **FAST)
     plotted = wina_convert.convert(str(tiny), tmp_path / "plotted", plot=True, **FAST)
     without, found = files_of(tmp_path / "plain"), files_of(tmp_path / "plotted")
+    fewer, more = (json.loads(files.pop(MANIFEST))["files"] for files in (without, found))
     pictures = found.keys() - without.keys()
     assert pictures == {"wina_sparsity.png", "wina_scores.png"}
     for name in pictures:
@@ -169,6 +171,8 @@ def test_plot_writes_two_pictures(tiny: Path, tmp_path: Path) -> None:
         assert len(found[name]) > 10_000
     assert plain == plotted
     assert all(found[name] == without[name] for name in without)
+    assert more.keys() - fewer.keys() == pictures
+    assert all(more[name] == fewer[name] for name in fewer)
 
 
 @pytest.mark.parametrize(

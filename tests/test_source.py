@@ -179,8 +179,8 @@ SEEN_EARLY = {
 }
 # What needs the weights or the tokenizer.
 SEEN_LATE = {
-    "no embedding": (without(EMBEDDING), ("model.embed_tokens.weight", "download it again")),
-    "no norm": (without(NORM), (NORM, "download it again")),
+    "no embedding": (without(EMBEDDING), ("model.embed_tokens.weight", "get it again")),
+    "no norm": (without(NORM), (NORM, "get it again")),
     "embedding of other shape": (shaped(EMBEDDING, 2048, 47), (EMBEDDING, "(2048, 47)", "(2048, 48)")),
     "norm of other shape": (shaped(NORM, 49), (NORM, "(49,)", "(48,)")),
     **{

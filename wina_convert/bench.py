@@ -20,8 +20,8 @@ from torch.nn.functional import linear
 
 from .checkpoint import open_checkpoint
 from .config import WinaConfig, check_sparsity
+from .dtypes import FLOATS, check_dtype
 from .errors import OptionError
-from .plan import FLOATS, check_dtype
 from .progress import Progress, silent
 from .runtime import attention
 from .runtime.kernels import cpu, gated_linear

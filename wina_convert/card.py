@@ -5,8 +5,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .checkpoint import CARD
 from .source import Source
+
+CARD = "README.md"
 
 TAGS = ("wina", "activation-sparsity")
 

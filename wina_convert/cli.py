@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from . import __version__
-from .display import bench_text, by_layer, plan_text, report_text, table
+from .display import bench_text, by_layer, plan_text, printable, report_text, table
 from .errors import OptionError, WinaError
 from .progress import Progress, bars, lines, silent
 
@@ -29,8 +29,9 @@ class _OneLineErrors:
             _fail(error.format_message(), 2)
         except WinaError as error:
             _fail(str(error), 2)
-        except (KeyboardInterrupt, click.Abort):
-            _fail("interrupted; nothing was left behind", 130)
+        except (KeyboardInterrupt, click.Abort) as error:  # click turns the first into the second
+            said = str(error.__cause__ or error)
+            _fail(f"interrupted; {said}" if said else "interrupted", 130)
         sys.exit(result if isinstance(result, int) else 0)
 
 
@@ -43,7 +44,7 @@ class _Group(_OneLineErrors, click.Group):
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    click.echo(f"error: {printable(' '.join(message.split()))}", err=True)
     sys.exit(code)
 
 
@@ -234,7 +235,7 @@ def inspect_command(folder: str, as_json: bool) -> None:
     gated, read = sum(layer.nbytes for layer in found.layers), sum(layer.bytes_per_token for layer in found.layers)
     rows.append(["all", f"{gated / 1e6:.2f}", f"{read / 1e6:.2f}", "", *("" for _ in kinds)])
     measured = "" if found.measured_at is None else f", achieved as measured at {found.measured_at:.0%} at conversion"
-    click.echo(f"{found.name}: {found.source}, scheme {found.scheme}, default sparsity {found.sparsity:.1%}")
+    click.echo(printable(f"{found.name}: {found.source}, scheme {found.scheme}, default sparsity {found.sparsity:.1%}"))
     click.echo(f"thresholds and bytes at the default sparsity{measured}; not gated: {found.other_bytes / 1e6:.2f} MB\n")
     click.echo(table(rows))
 
@@ -351,7 +352,7 @@ def retarget_command(folder: str, sparsity: float) -> None:
     Example:
       wina retarget ./llama-wina --sparsity 0.4
     """
-    from .checkpoint import retarget
+    from .retarget import retarget
 
     retarget(folder, sparsity)
     click.echo(f"{folder}: default sparsity is now {sparsity:.1%}")

@@ -15,19 +15,10 @@ from . import __version__
 from . import plot as pictures
 from .calibrate import States, calibrate_layer
 from .card import write_card
-from .checkpoint import (
-    REPORT,
-    check_space,
-    check_target,
-    copy_sidecars,
-    gated_stream,
-    stored_tensors,
-    write_config,
-    write_json,
-)
+from .checkpoint import REPORT, gated_stream
 from .config import GRID, WinaConfig, check_sparsity
 from .errors import CalibrationError, OptionError
-from .estimate import plan_report, shape_report
+from .estimate import disk_bytes, plan_report, shape_report
 from .integrity import write_manifest
 from .plan import ConversionPlan, make_plan
 from .progress import Progress, silent
@@ -39,6 +30,7 @@ from .staging import SNAPSHOT, Staging, staged
 from .text import BUNDLED, HELD_OUT, load_tokenizer, read_documents, sequence_length, sequences, split
 from .thresholds import levels, threshold_curve
 from .verify import verify
+from .writing import check_space, check_target, copy_sidecars, stored_tensors, write_config, write_json
 
 
 def convert(
@@ -79,7 +71,7 @@ def convert(
         calibration: "bundled", a .txt, .jsonl or .parquet file, or the name of a dataset (see `text.read_documents`).
         samples: calibration sequences; fewer are used where the text has fewer.
         seq_len: tokens of a sequence; None: 512, or the model's context where that is shorter.
-        batch_size: sequences computed at a time.
+        batch_size: sequences computed at a time on a GPU; on a CPU it is one, which is as fast.
         seed: of the choice of sequences.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1" ...
         dtype: "auto" (as the source is), "float32", "bfloat16" or "float16".
@@ -118,7 +110,9 @@ def convert(
     length = sequence_length(source, seq_len)
     if dry_run:
         return plan_report(source, plan, sparsity, samples, length, target)
-    check_space(Path(out), plan.disk_bytes)
+    check_space(Path(out), disk_bytes(source, plan, sparsity, samples, length))
+    # A CPU gains nothing from more sequences at a time, and one by one they give the same bits.
+    at_a_time = 1 if target.type == "cpu" else batch_size
 
     packed = sequences(read_documents(calibration), load_tokenizer(source), length, samples + HELD_OUT, calibration)
     check_vocabulary(packed, source)
@@ -160,10 +154,10 @@ def convert(
     with staged(Path(out), identity, resume, keep, overwrite) as staging:
         folder = staging.folder
         with ShardWriter(folder, plan.tensors, max_shard_size) as shards:
-            curves = write_tensors(source, plan, config, tokens, batch_size, target, shards, staging, progress, plot)
+            curves = write_tensors(source, plan, config, tokens, at_a_time, target, shards, staging, progress, plot)
         write_config(folder, source, config, plan)
         copy_sidecars(source, folder)
-        verification = verify(source, plan, folder, held_out, target, batch_size, progress)
+        verification = verify(source, plan, folder, held_out, target, at_a_time, progress)
         report = {
             "versions": versions,
             "source": config.source,
@@ -186,7 +180,7 @@ def write_tensors(
     plan: ConversionPlan,
     config: WinaConfig,
     tokens: Tensor,
-    batch_size: int,
+    at_a_time: int,
     device: torch.device,
     shards: ShardWriter,
     staging: Staging,
@@ -203,7 +197,7 @@ def write_tensors(
         for key in keys:
             yield from stored_tensors(source, plan, [key]).items()
 
-    model = gated_stream(source, config, plan.dtype, [spec.name for spec in plan.tensors], read, device)
+    model = gated_stream(source, config, plan.dtype, plan.tensors, read, device)
     keys_of = {projection.name: projection.key for projection in plan.projections}
     by_layer = [model.layer_keys(index) for index in range(plan.n_layers)]
     inside = {key for keys in by_layer for key in keys}
@@ -211,7 +205,7 @@ def write_tensors(
     kept: dict[str, pictures.ScoreCurve] = {}
     sparsity = config.sparsity or 0.0
     shown = min(config.calibration["levels"], key=lambda level: abs(level - sparsity))
-    embedded = model.embed(tokens.split(batch_size))
+    embedded = model.embed(tokens.split(at_a_time))
     done = 0
     if staging.snapshot is None:
         with progress("Writing embeddings", sum(source.tensors[key].nbytes for key in outside), "B") as advance:

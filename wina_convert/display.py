@@ -86,8 +86,15 @@ def bench_text(measured: "Benchmark") -> str:
     return "\n".join([*head, "", table(rows)])
 
 
+def printable(text: str, limit: int = 2000) -> str:
+    """Text from a file that may be anybody's, on one line and without control characters."""
+    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:limit])
+    return shown if len(text) <= limit else f"{shown} ..."
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as their widest cell, the first to the left and the rest to the right."""
+    rows = [[printable(cell, 120) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(

@@ -1,6 +1,11 @@
 """The errors this package raises. Each message says what, where, what was got, and what to do."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks."""
+    return " ".join(str(error).split())
+
+
 class WinaError(Exception):
     """Base of every error the package raises on purpose; the command line prints it in one line and exits 2."""
 

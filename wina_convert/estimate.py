@@ -8,7 +8,7 @@ import torch
 from .calibrate import PILOT
 from .plan import ConversionPlan
 from .runtime.kernels import gated_linear
-from .source import Source
+from .source import Source, sidecars
 from .text import HELD_OUT
 from .thresholds import levels
 
@@ -29,6 +29,13 @@ def shape_report(plan: ConversionPlan, sparsity: float) -> dict[str, Any]:
             for projection in plan.projections
         },
     }
+
+
+def disk_bytes(source: Source, plan: ConversionPlan, sparsity: float, samples: int, length: int) -> int:
+    """What a conversion needs: the checkpoint, the files beside it, and two snapshots of the hidden states for `resume`."""
+    states = len(levels(sparsity)) * samples * length * plan.hidden_size * plan.dtype.itemsize
+    beside = sum((source.folder / path).stat().st_size for path in sidecars(source.folder))
+    return plan.disk_bytes + beside + 2 * states
 
 
 def plan_report(

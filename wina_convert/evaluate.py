@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .checkpoint import dense_stream, open_checkpoint
 from .config import check_sparsity
+from .dtypes import compute_dtype
 from .errors import OptionError, SourceError
-from .plan import make_plan
 from .progress import Advance, Progress, silent
 from .runtime.linear import WinaLinear, gated_modules
 from .scoring import dropped
@@ -154,7 +154,7 @@ def evaluate(
     dense = None
     if source is not None:
         original = open_source(source, revision, token)
-        dense = dense_stream(original, make_plan(original), device)
+        dense = dense_stream(original, compute_dtype(original), device)
     gated = checkpoint.stream(device)
     if dense is not None and _shape(dense) != _shape(gated):
         raise SourceError(f"{source} is not the model that {folder} was made from; give that one as the source")

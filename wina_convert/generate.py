@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .checkpoint import open_checkpoint
+from .dtypes import check_dtype
 from .errors import OptionError
-from .plan import check_dtype
 from .runtime.loader import load
 from .text import load_tokenizer
 

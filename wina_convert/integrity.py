@@ -2,17 +2,20 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from .checkpoint import Checkpoint, open_checkpoint
-from .errors import CheckpointError, VerificationError
+from .checkpoint import REPORT, Checkpoint, open_checkpoint
+from .errors import CheckpointError, SourceError, VerificationError
 from .progress import Progress, silent
 from .scoring import column_norms, threshold_at
+from .trust import check_folder
 
 MANIFEST = "wina_manifest.json"
+ROUNDING = 1e-4  # of norms and thresholds, computed again on another machine
 
 
 def write_manifest(folder: Path) -> None:
@@ -20,17 +23,15 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_bytes(_text({name: _entry(folder / name) for name in _files(folder)}))
 
 
-def renew_entry(folder: Path, name: str, content: bytes) -> None:
-    """Record what a file is about to become.
+def renewed_manifest(folder: Path, name: str, content: bytes) -> bytes:
+    """The manifest for when a file has become this.
 
     Raises:
         CheckpointError: the manifest is missing or damaged.
     """
     files = _read_manifest(folder)
     files[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    beside = folder / f".{MANIFEST}.new"
-    beside.write_bytes(_text(files))
-    beside.replace(folder / MANIFEST)
+    return _text(files)
 
 
 def verify_folder(folder: str | Path, progress: Progress = silent) -> int:
@@ -49,6 +50,10 @@ def verify_folder(folder: str | Path, progress: Progress = silent) -> int:
             and ascending; config and tensors do not fit together.
     """
     folder = Path(folder)
+    try:
+        check_folder(folder)
+    except SourceError as error:
+        raise CheckpointError(str(error)) from error
     files = _read_manifest(folder)
     present = set(_files(folder))
     for problem, names in (("missing", set(files) - present), ("not in the manifest", present - set(files))):
@@ -63,30 +68,48 @@ def verify_folder(folder: str | Path, progress: Progress = silent) -> int:
     keys = checkpoint.gated_keys()
     with progress("Verifying tensors", len(keys), "projection") as advance:
         for key in keys.values():
-            check_projection(checkpoint, key)
+            _check_norms(checkpoint, key)
             advance(1)
+    found = thresholds(checkpoint)
+    recorded = _recorded(folder, checkpoint) or found
+    for name, threshold in found.items():
+        if math.isclose(recorded.get(name, math.nan), threshold, rel_tol=ROUNDING):
+            continue
+        raise VerificationError(f"{name}: the threshold at the default sparsity is not that of {REPORT}; convert again")
     return len(files)
 
 
-def check_projection(checkpoint: Checkpoint, key: str) -> None:
-    """Check one gated projection: shapes, dtypes, norms against weights, thresholds.
+def thresholds(checkpoint: Checkpoint) -> dict[str, float]:
+    """The threshold of every gated projection at the default sparsity, by module name.
 
     Raises:
-        VerificationError: something does not fit.
+        VerificationError: thresholds are not a finite, ascending curve from 0.
     """
-    config = checkpoint.config
-    stored = dict(checkpoint.read(f"{key}.{leaf}" for leaf in ("weight_t", "column_norms", "thresholds")))
-    weight_t, norms, curve = (stored[f"{key}.{leaf}"] for leaf in ("weight_t", "column_norms", "thresholds"))
-    if weight_t.dim() != 2 or norms.shape != weight_t.shape[:1] or curve.shape != (len(config.grid),):
-        shapes = [list(tensor.shape) for tensor in (weight_t, norms, curve)]
-        raise VerificationError(f"{key}: weight_t, column_norms and thresholds have shapes {shapes}; convert again")
-    if (norms.dtype, curve.dtype) != (torch.float32, torch.float32):
-        raise VerificationError(f"{key}: column_norms are {norms.dtype} and thresholds {curve.dtype}, not float32")
-    if config.scheme == "wina" and not torch.equal(norms, column_norms(weight_t)):
+    config, keys = checkpoint.config, checkpoint.gated_keys()
+    curves = dict(checkpoint.read(f"{key}.thresholds" for key in keys.values()))
+    for name, curve in curves.items():
+        if not (torch.isfinite(curve).all() and curve[0] == 0 and (curve.diff() >= 0).all()):
+            raise VerificationError(f"{name!r} is not a finite, ascending curve from 0; convert again")
+    return {
+        name: threshold_at(curves[f"{key}.thresholds"], config.grid, config.sparsity or 0.0).item()
+        for name, key in keys.items()
+    }
+
+
+def _check_norms(checkpoint: Checkpoint, key: str) -> None:
+    stored = dict(checkpoint.read([f"{key}.weight_t", f"{key}.column_norms"]))
+    if not torch.allclose(stored[f"{key}.column_norms"], column_norms(stored[f"{key}.weight_t"]), ROUNDING, atol=0):
         raise VerificationError(f"{key}.column_norms are not those of its weights; convert again")
-    if not (torch.isfinite(curve).all() and curve[0] == 0 and (curve.diff() >= 0).all()):
-        raise VerificationError(f"{key}.thresholds is not a finite, ascending curve from 0; convert again")
-    threshold_at(curve, config.grid, config.sparsity or 0.0)
+
+
+def _recorded(folder: Path, checkpoint: Checkpoint) -> dict[str, float] | None:
+    """The thresholds of the report, unless it is of another default sparsity."""
+    try:
+        report = json.loads((folder / REPORT).read_bytes())["verification"]
+        same = report["held_out"]["sparsity"] == checkpoint.config.sparsity
+        return {name: float(value) for name, value in report["thresholds"].items()} if same else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise VerificationError(f"{folder / REPORT} is not the report of a conversion; get it again") from error
 
 
 def _files(folder: Path) -> Iterator[str]:

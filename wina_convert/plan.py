@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import GRID
+from .dtypes import compute_dtype
 from .errors import OptionError, SourceError
 from .shards import TensorSpec
 from .source import Source
 from .stream import build_skeleton, checkpoint_keys
 
 PRESETS = ("all", "attention", "mlp")
-FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class ConversionPlan:
         layer_bytes: the largest decoder layer of the source.
         embedding_bytes: everything outside the decoder layers.
         dense_bytes_per_token: bytes of weights the source reads for a token, embedding lookups aside.
+        hidden_size: features of the hidden states between the layers.
     """
 
     projections: tuple[Projection, ...]
@@ -84,6 +85,7 @@ class ConversionPlan:
     layer_bytes: int
     embedding_bytes: int
     dense_bytes_per_token: int
+    hidden_size: int
 
     @property
     def sentinel(self) -> str:
@@ -157,35 +159,8 @@ def make_plan(
         layer_bytes=max(layers.values()),
         embedding_bytes=outside,
         dense_bytes_per_token=sum(layers.values()) + outside - _lookup_bytes(model, keys, stored_bytes),
+        hidden_size=model.config.get_text_config().hidden_size,
     )
-
-
-def compute_dtype(source: Source, dtype: str = "auto") -> torch.dtype:
-    """The dtype that config.json names, or that of the largest tensor; or the chosen one.
-
-    Raises:
-        OptionError: the chosen one is unknown.
-        SourceError: the source's is not supported.
-    """
-    if dtype == "auto":
-        named = source.config.get("dtype") or source.config.get("torch_dtype")
-        floating = [spec for spec in source.tensors.values() if spec.dtype.is_floating_point]
-        compute = FLOATS.get(str(named), max(floating, key=lambda spec: spec.numel).dtype)
-        if compute not in FLOATS.values():
-            raise SourceError(f"{source.name} is in {compute}; pass --dtype float32, bfloat16 or float16")
-        return compute
-    check_dtype(dtype)
-    return FLOATS[dtype]
-
-
-def check_dtype(dtype: str) -> None:
-    """Refuse a dtype that is neither "auto" nor one that a model can have.
-
-    Raises:
-        OptionError: it is another.
-    """
-    if dtype not in ("auto", *FLOATS):
-        raise OptionError(f"dtype is {dtype!r}; give auto, {', '.join(FLOATS)}")
 
 
 def _projections(

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import OptionError, SourceError
+from .trust import contained
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -85,22 +86,22 @@ def read_headers(folder: Path) -> dict[str, TensorSpec]:
     Raises:
         SourceError: no safetensors weights, a shard missing, truncated or outside the folder, or an index that disagrees.
     """
-    if (folder / INDEX).is_file():
+    if contained(folder, INDEX).is_file():
         weight_map = read_index(folder / INDEX)
-    elif (folder / SINGLE).is_file():
+    elif contained(folder, SINGLE).is_file():
         weight_map = None
     else:
         raise SourceError(_no_weights(folder))
     specs: dict[str, TensorSpec] = {}
     for file in [SINGLE] if weight_map is None else sorted(set(weight_map.values())):
-        if not os.path.isfile(folder / file):
+        if not os.path.isfile(contained(folder, file)):
             raise SourceError(f"{folder}: shard {file} is missing; download the model again")
         try:
             with safe_open(folder / file, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 - not a dict
                     entry = shard.get_slice(name)
                     specs[name] = spec_from_header(name, entry.get_dtype(), entry.get_shape(), file)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise SourceError(
                 f"{folder / file} is truncated or not safetensors ({error}); download it again"
             ) from error
@@ -120,7 +121,7 @@ def read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
         items = dict(weight_map).items()
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SourceError(f"{path} is not a safetensors index ({error!r}); download it again") from error
     for name, file in items:
         if not isinstance(file, str) or Path(file).name != file or "\\" in file or file in {"", ".", ".."}:

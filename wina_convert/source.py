@@ -21,9 +21,10 @@ from huggingface_hub.errors import (
 )
 
 from .architectures import ARCHITECTURES, Architecture
-from .errors import SourceError
+from .errors import SourceError, one_line
 from .progress import Progress, silent
 from .shards import INDEX, SINGLE, TensorSpec, read_headers, read_index, spec_from_header
+from .trust import check_config, check_folder, contained
 
 CONFIG = "config.json"
 # weights in other formats, which a conversion neither needs nor copies
@@ -114,6 +115,9 @@ def open_source(
                 tqdm_class=tqdm_class,
             )
             advance(1)
+        with progress(f"Checking {model}", 1, "model") as advance:
+            _check_download(model, Path(folder), token)
+            advance(1)
         return _open_folder(model, Path(folder), Path(folder).name, trust_remote_code)
     except RemoteEntryNotFoundError as error:
         raise SourceError(f"{model} has no {CONFIG}; it is not a model that transformers can load") from error
@@ -140,21 +144,32 @@ def open_source(
         ) from error
     except OSError as error:  # the cache: full, read-only; or a download that came short
         raise SourceError(
-            f"{model} cannot be downloaded to {huggingface_hub.constants.HF_HUB_CACHE} ({_one_line(error)}); "
+            f"{model} cannot be downloaded to {huggingface_hub.constants.HF_HUB_CACHE} ({one_line(error)}); "
             "check the disk and try again"
         ) from error
 
 
+def _check_download(model: str, folder: Path, token: str | None) -> None:
+    """Refuse files in the cache that are not the Hub's, by its checksums; where it does not answer they cannot be known."""
+    try:
+        found = huggingface_hub.HfApi(endpoint=huggingface_hub.constants.ENDPOINT).verify_repo_checksums(
+            model, revision=folder.name, token=token
+        )
+    except (HfHubHTTPError, OfflineModeIsEnabled, HTTPError, ConnectionError):
+        return
+    if found.mismatches:
+        wrong = folder / found.mismatches[0]["path"]
+        raise SourceError(
+            f"{wrong} does not have the Hub's checksum; remove {wrong.resolve()} and run again to download it anew"
+        )
+
+
 def _refused(model: str, error: HfHubHTTPError) -> SourceError:
-    return SourceError(f"the Hub refused {model}: {_one_line(error)}; try again later or check --token")
+    return SourceError(f"the Hub refused {model}: {one_line(error)}; try again later or check --token")
 
 
 def _url(model: str) -> str:
     return f"{huggingface_hub.constants.ENDPOINT}/{model}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
@@ -163,22 +178,27 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     Raises:
         SourceError: it is missing or not a JSON object.
     """
-    path = folder / CONFIG
+    path = contained(folder, CONFIG)
     if not path.is_file():
         raise SourceError(f"{folder} has no {CONFIG}; give the folder of a Hugging Face model")
-    text = path.read_bytes().decode("utf-8", errors="replace")  # with its line ends
+    try:
+        text = path.read_bytes().decode("utf-8", errors="replace")  # with its line ends
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read ({error.strerror or error})") from error
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path} is not JSON ({error}); get the file again") from error
     if not isinstance(config, dict):
         raise SourceError(f"{path} is not a JSON object; get the file again")
+    check_config(str(folder), config)
     return text, config
 
 
 def _open_folder(name: str, folder: Path, revision: str | None, trust_remote_code: bool) -> Source:
     text, config = read_config(folder)
     _check_config(name, config)
+    check_folder(folder)
     tensors = read_headers(folder)
     _check_tensors(name, tensors)
     return Source(name, revision, folder, config, text, tensors, trust_remote_code)
@@ -215,7 +235,7 @@ def _open_headers(
         except RemoteEntryNotFoundError as error:
             raise SourceError(f"{model}: shard {file} is missing; tell its authors") from error
         except SafetensorsParsingError as error:
-            raise SourceError(f"{model}: {file} is truncated or not safetensors ({_one_line(error)})") from error
+            raise SourceError(f"{model}: {file} is truncated or not safetensors ({one_line(error)})") from error
         for name, entry in header.tensors.items():
             tensors[name] = spec_from_header(name, entry.dtype, entry.shape, file)
     _check_tensors(model, tensors)

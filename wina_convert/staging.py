@@ -7,6 +7,7 @@ a lock that dies with it.
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -55,9 +56,18 @@ class Staging:
         """Record that so many layers are finished; their weights are on the disk already."""
         beside = self.folder / f"{SNAPSHOT}.new"
         metadata = {"layers": str(layers), "identity": json.dumps(self.identity)}
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata)
+        try:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata)
+        except SafetensorError as error:  # the library's only word for a full disk
+            code = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
         _sync(beside)
         beside.replace(self.folder / SNAPSHOT)
+
+
+def hidden(target: Path) -> Path:
+    """The folder of an unfinished conversion to a target."""
+    return target.with_name(f".{target.name}.wina-staging")
 
 
 @contextmanager
@@ -79,7 +89,7 @@ def staged(out: Path, identity: Mapping[str, Any], resume: bool, keep: bool, ove
             `overwrite` is given, or it is of something else; the folder cannot be written: read-only, full, gone.
     """
     target = out.resolve()
-    folder = target.with_name(f".{target.name}.wina-staging")
+    folder = hidden(target)
     new_parents = [parent for parent in target.parents if not parent.exists()]
     lock = FileLock(target.with_name(f".{target.name}.wina-lock"))
     try:
@@ -99,6 +109,8 @@ def staged(out: Path, identity: Mapping[str, Any], resume: bool, keep: bool, ove
         kept = keep and not isinstance(error, WinaError) and (folder / SNAPSHOT).exists()
         if isinstance(error, OSError):
             raise unwritable(out, error, kept) from error
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(_left(kept)) from error
         raise
     finally:
         if not kept:
@@ -134,10 +146,15 @@ def _begin(out: Path, folder: Path, identity: Mapping[str, Any], resume: bool, o
 
 
 def _read_snapshot(path: Path) -> tuple[dict[str, Any], Snapshot]:
-    with safe_open(path, framework="pt") as stored:
-        metadata = stored.metadata()
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
-    return json.loads(metadata["identity"]), Snapshot(int(metadata["layers"]), tensors)
+    try:
+        with safe_open(path, framework="pt") as stored:
+            metadata = stored.metadata()
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
+        return json.loads(metadata["identity"]), Snapshot(int(metadata["layers"]), tensors)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} of an unfinished conversion cannot be read ({error}); remove {path.parent}"
+        ) from error
 
 
 def difference(before: Any, now: Any, where: str = "") -> str:
@@ -188,7 +205,10 @@ def _sync(path: Path) -> None:
 
 def unwritable(out: Path, error: OSError, kept: bool = False) -> CheckpointError:
     """The error to raise where the target cannot be written."""
-    left = "pass --resume to continue then" if kept else "nothing was written"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CheckpointError(f"the disk of {out} is full; free some space or choose another --out; {left}")
-    return CheckpointError(f"{out} cannot be written ({error.strerror or error}); choose another --out; {left}")
+        return CheckpointError(f"the disk of {out} is full; free some space or choose another --out; {_left(kept)}")
+    return CheckpointError(f"{out} cannot be written ({error.strerror or error}); choose another --out; {_left(kept)}")
+
+
+def _left(kept: bool) -> str:
+    return "the same command with --resume continues" if kept else "nothing was left behind"

@@ -15,8 +15,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from .errors import SourceError
+from .errors import SourceError, one_line
+from .shards import TensorSpec
 from .source import Source
+from .trust import MAX_LAYERS
 
 # Loads the tensors of these checkpoint keys: (key, tensor) pairs on the CPU.
 Reader = Callable[[Iterable[str]], Iterable[tuple[str, Tensor]]]
@@ -34,13 +36,14 @@ def build_skeleton(source: Source, dtype: torch.dtype) -> PreTrainedModel:
             config = AutoConfig.from_pretrained(place, revision=source.revision, trust_remote_code=True)
         else:
             config = CONFIG_MAPPING[source.config["model_type"]].from_dict(source.config)
+        if config.get_text_config().num_hidden_layers > MAX_LAYERS:
+            raise ValueError(f"{config.get_text_config().num_hidden_layers} layers")
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=source.trust_remote_code
             )
     except Exception as error:  # whatever transformers makes of a strange config
-        reason = " ".join(str(error).split())
-        raise SourceError(f"transformers cannot build {source.name} from its config.json: {reason}") from error
+        raise SourceError(f"transformers cannot build {source.name} from its config.json: {one_line(error)}") from error
     model.train(False)
     return model
 
@@ -55,6 +58,43 @@ def checkpoint_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, st
     return {name: found[name] for name in state if name in found}
 
 
+def tied(model: PreTrainedModel, keys: Mapping[str, str]) -> dict[str, str]:
+    """Tied parameters of which the checkpoint stores one: the stored name -> the other. Stored both, they stay apart."""
+    aliases = {}
+    for target, origin in model.all_tied_weights_keys.items():
+        if (target in keys) != (origin in keys):
+            stored, other = (target, origin) if target in keys else (origin, target)
+            aliases[stored] = other
+    return aliases
+
+
+def check_parameters(
+    model: PreTrainedModel, keys: Mapping[str, str], specs: Mapping[str, TensorSpec], new: Iterable[str] = ()
+) -> None:
+    """Hold a model on the meta device against the headers of its checkpoint, before any memory is taken.
+
+    Args:
+        model: the model.
+        keys: checkpoint key of each parameter.
+        specs: the stored tensors by key.
+        new: parameters that need not be stored.
+
+    Raises:
+        SourceError: a tensor is missing or has another shape.
+    """
+    known = {*keys, *tied(model, keys).values(), *new}
+    state = model.state_dict()
+    missing = [name for name in state if name not in known]
+    if missing:
+        raise SourceError(f"the checkpoint has no tensor {missing[0]} ({len(missing)} missing in all); get it again")
+    for name, key in keys.items():
+        if specs[key].shape != tuple(state[name].shape):
+            raise SourceError(
+                f"tensor {key!r} has shape {specs[key].shape} where config.json asks for {tuple(state[name].shape)}; "
+                "the two do not belong together"
+            )
+
+
 class StreamedModel:
     """Runs a causal LM layer by layer, without gradients.
 
@@ -64,28 +104,24 @@ class StreamedModel:
         keys: checkpoint key of each parameter.
 
     Raises:
-        SourceError: a parameter has no tensor in the checkpoint.
+        SourceError: a parameter has no tensor of its shape in the checkpoint.
     """
 
     def __init__(
-        self, model: PreTrainedModel, layers: str, keys: Mapping[str, str], read: Reader, device: torch.device
+        self,
+        model: PreTrainedModel,
+        layers: str,
+        keys: Mapping[str, str],
+        specs: Mapping[str, TensorSpec],
+        read: Reader,
+        device: torch.device,
     ) -> None:
         self.model, self.read, self.device = model, read, device
         self.layers: list[nn.Module] = list(model.get_submodule(layers).children())
         self.prefix = layers
         self.keys = dict(keys)
-        # Tied parameters of which the checkpoint stores one: the stored name -> the other. Stored both, they stay apart.
-        self.aliases: dict[str, str] = {}
-        for target, origin in model.all_tied_weights_keys.items():
-            if (target in keys) != (origin in keys):
-                stored, other = (target, origin) if target in keys else (origin, target)
-                self.aliases[stored] = other
-        known = {*self.keys, *self.aliases.values()}
-        missing = [name for name in model.state_dict() if name not in known]
-        if missing:
-            raise SourceError(
-                f"the checkpoint has no tensor for {missing[0]} ({len(missing)} missing in all); download it again"
-            )
+        self.aliases = tied(model, keys)
+        check_parameters(model, keys, specs)
         self._outer = [name for name in self.keys if not name.startswith(f"{layers}.")]
         # What each layer gets besides the hidden states, by the number of rows in a batch.
         self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
@@ -167,11 +203,6 @@ class StreamedModel:
             for key, tensor in tensors.items() if tensors is not None else self.read(by_key):
                 if key in by_key:
                     name = by_key[key]
-                    if tensor.shape != empty[name].shape:
-                        raise SourceError(
-                            f"tensor {key!r} has shape {tuple(tensor.shape)} where config.json asks for "
-                            f"{tuple(empty[name].shape)}; the two do not belong together"
-                        )
                     self._set(name, tensor.to(self.device, empty[name].dtype))
             yield
         finally:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import CalibrationError, OptionError, SourceError
+from .errors import CalibrationError, OptionError, SourceError, one_line
 from .source import Source
 
 BUNDLED = "bundled"
@@ -92,7 +92,7 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
             for batch in file.iter_batches():
                 yield from batch.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
-        raise CalibrationError(f"{path} cannot be read as parquet ({_one_line(error)})") from error
+        raise CalibrationError(f"{path} cannot be read as parquet ({one_line(error)})") from error
 
 
 def _dataset_rows(name: str) -> Iterator[Any]:
@@ -107,7 +107,7 @@ def _dataset_rows(name: str) -> Iterator[Any]:
         yield from datasets.load_dataset(dataset, split=split or "train", streaming=True)
     except Exception as error:  # the library raises many kinds
         raise CalibrationError(
-            f"{name} is neither a file nor a dataset that can be read ({_one_line(error)})"
+            f"{name} is neither a file nor a dataset that can be read ({one_line(error)})"
         ) from error
 
 
@@ -137,10 +137,6 @@ def _document(row: Any, source: str) -> str:
     )
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 def load_tokenizer(source: Source) -> Any:
     """The tokenizer of a checkpoint.
 
@@ -153,7 +149,7 @@ def load_tokenizer(source: Source) -> Any:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
     except Exception as error:  # transformers raises many kinds
         raise SourceError(
-            f"{source.name} has no usable tokenizer ({_one_line(error)}); put its tokenizer files into {source.folder}"
+            f"{source.name} has no usable tokenizer ({one_line(error)}); put its tokenizer files into {source.folder}"
         ) from error
 
 

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint, dense_stream, open_checkpoint, stored_tensors
+from .checkpoint import Checkpoint, dense_stream, open_checkpoint
 from .errors import VerificationError
 from .evaluate import Measurement, measure, overall
+from .integrity import thresholds
 from .plan import ConversionPlan
 from .progress import Progress
 from .shards import read_rows
 from .source import Source
+from .writing import stored_tensors
 
 TOLERANCE = 0.05  # how far the achieved sparsity may be from the asked one, overall
 # Largest logit difference at sparsity 0, relative to the largest logit. The weights are the same bits; what remains is the
@@ -27,11 +29,13 @@ class VerificationReport:
 
     Attributes:
         tensors: tensors compared with the source, bit for bit.
+        thresholds: of every gated projection at the default sparsity.
         parity: largest logit difference to the dense model at sparsity 0, relative to the largest logit.
         held_out: the gated model at its default sparsity on calibration text that no threshold was fitted on.
     """
 
     tensors: int
+    thresholds: dict[str, float]
     parity: float
     held_out: Measurement
 
@@ -74,9 +78,9 @@ def verify(
     if expected != found:
         name = min(name for name, _ in set(expected.items()) ^ set(found.items()))
         raise VerificationError(f"tensor {name!r} was not written as planned; please report this")
-    _check_thresholds(checkpoint, plan)
+    at_default_sparsity = thresholds(checkpoint)
     asked = checkpoint.config.sparsity or 0.0
-    gated, dense = checkpoint.stream(device), dense_stream(source, plan, device)
+    gated, dense = checkpoint.stream(device), dense_stream(source, plan.dtype, device)
     with progress("Verifying outputs", plan.n_layers * len(held_out) * 3, "sequence") as advance:
         parity, at_default = measure(gated, held_out, (0.0, asked), dense, batch_size, same_head=True, advance=advance)
     if parity.logit_error is None or not parity.logit_error <= PARITY[plan.dtype]:
@@ -92,7 +96,7 @@ def verify(
             f"expected were {expected_sparsity:.1%} of sparsity and achieved {at_default.achieved:.1%} on held-out text; "
             "calibrate on more text, or on text closer to the model's (--calibration, --samples)"
         )
-    return VerificationReport(len(source.tensors), parity.logit_error, at_default)
+    return VerificationReport(len(source.tensors), at_default_sparsity, parity.logit_error, at_default)
 
 
 def _check_tensor(source: Source, plan: ConversionPlan, checkpoint: Checkpoint, key: str) -> None:
@@ -121,11 +125,3 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
-
-
-def _check_thresholds(checkpoint: Checkpoint, plan: ConversionPlan) -> None:
-    for projection in plan.projections:
-        name = f"{projection.key}.thresholds"
-        curve = dict(checkpoint.read([name]))[name]
-        if not (torch.isfinite(curve).all() and curve[0] == 0 and (curve.diff() >= 0).all()):
-            raise VerificationError(f"{name!r} is not a finite, ascending curve from 0; please report this")

@@ -4,7 +4,9 @@ Imported by `autoload` once transformers' table of quantizers exists; importing 
 """
 
 import re
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,8 +15,11 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from ..config import INSTALL, WinaConfig, check_sparsity
-from ..errors import CheckpointError
+from ..errors import CheckpointError, SourceError, WinaError, one_line
 from .linear import DenseLinear, WinaLinear, gated_modules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class WinaQuantizer(HfQuantizer):
@@ -33,13 +38,16 @@ class WinaQuantizer(HfQuantizer):
 
     update_tp_plan = update_attn_implementation  # the hook with the config in transformers before 5.21
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
         install(model, self.quantization_config)
+        if checkpoint_files:  # None where the caller passed a state dict
+            check_files(model, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from . import attention  # here, because transformers imports this module before it is complete
 
-        check_loaded(model)
         configure(model, self.quantization_config)
         attention.use(model)
         for module in model.modules():
@@ -114,23 +122,48 @@ def install(model: nn.Module, config: WinaConfig) -> None:
         model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), rf"{re.escape(suffix)}\.weight$"])  # type: ignore[assignment]
 
 
-def check_loaded(model: nn.Module) -> None:
-    """Refuse a model of which a gated projection kept uninitialised memory.
+def check_files(model: "PreTrainedModel", files: Sequence[str]) -> None:
+    """Hold the headers of a checkpoint against its config and the model, before any memory is taken for weights.
 
     Raises:
-        CheckpointError: the checkpoint has no tensor for it.
+        CheckpointError: the weights are pickled, the folder is damaged or leads out of itself, a tensor is missing or has
+            another shape. New heads, such as a classifier's, need no tensor.
     """
-    for name, module in gated_modules(model).items():
-        for leaf, parameter in module.named_parameters():
-            if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
-                raise CheckpointError(
-                    f"the checkpoint has no tensor {name}.{leaf}; it is damaged: get or convert it again"
-                )
+    from ..checkpoint import open_checkpoint  # both import transformers, which imports this module
+    from ..stream import check_parameters, checkpoint_keys
+
+    if pickled := [file for file in files if not file.endswith(".safetensors")]:
+        raise CheckpointError(f"{pickled[0]} may run code when read; a WINA checkpoint is in safetensors: get it again")
+    specs = open_checkpoint(Path(files[0]).parent).source.tensors
+    head = model.get_output_embeddings()
+    base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+    heads = {f"{name}.weight" for name, module in model.named_modules() if module is head}
+    new = [name for name in model.state_dict() if not name.startswith(base) and name not in heads]
+    try:
+        check_parameters(model, checkpoint_keys(model, specs), specs, new)
+    except SourceError as error:
+        raise CheckpointError(f"{Path(files[0]).parent}: {error}") from error
 
 
 def configure(model: nn.Module, config: WinaConfig) -> None:
-    """Set sparsity and prefill of every gated projection from the config; the weights are loaded."""
-    for module in gated_modules(model).values():
+    """Set sparsity and prefill of every gated projection from the config; the weights are loaded.
+
+    Raises:
+        CheckpointError: norms or thresholds are no such numbers.
+    """
+    for name, module in gated_modules(model).items():
+        norms, curve = module.column_norms, module.thresholds
+        good = (
+            (norms.isfinite() & (norms >= 0)).all()
+            & curve.isfinite().all()
+            & (curve[0] == 0)
+            & (curve.diff() >= 0).all()
+        )
+        if not good.is_meta and not good:
+            raise CheckpointError(
+                f"{name}: column norms are not finite and positive, or thresholds not ascending from 0; the checkpoint is "
+                "damaged: get or convert it again"
+            )
         module.dense_prefill = config.prefill == "dense"
         module.set_sparsity(config.sparsity or 0.0)
 
@@ -172,10 +205,20 @@ def load(path: str, sparsity: float | None = None, prefill: str | None = None, *
     """
     from transformers import AutoModelForCausalLM  # here, because transformers imports this module
 
+    from ..checkpoint import open_checkpoint
+
     chosen = WinaConfig(sparsity=sparsity, prefill=prefill)
     if chosen.get_loading_attributes():
         kwargs["quantization_config"] = chosen
-    model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    folder = Path(path, kwargs.get("subfolder") or "")
+    if folder.is_dir():
+        open_checkpoint(folder)  # before transformers reads its config
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, **{"trust_remote_code": False} | kwargs)
+    except WinaError:
+        raise
+    except Exception as error:  # whatever transformers makes of a strange folder
+        raise CheckpointError(f"{path} cannot be loaded: {one_line(error)}") from error
     if not gated_modules(model):
         raise CheckpointError(f"{path} is not a WINA checkpoint; make one with `wina-convert {path} --out DIR`")
     return model

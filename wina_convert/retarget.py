@@ -1,0 +1,49 @@
+"""`retarget`: another default sparsity for a checkpoint, in place."""
+
+import json
+import re
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from .checkpoint import open_checkpoint
+from .config import check_sparsity
+from .errors import CheckpointError
+from .integrity import MANIFEST, renewed_manifest
+from .source import CONFIG
+
+
+def retarget(folder: str | Path, sparsity: float) -> None:
+    """Change the default sparsity of a WINA checkpoint in its config.json, and that file's entry in the manifest.
+
+    Killed between the two, it leaves a checkpoint that loads and does not verify; running it again repairs that.
+
+    Raises:
+        OptionError: the sparsity is outside [0, 0.95].
+        CheckpointError: the folder is not a WINA checkpoint or cannot be written.
+    """
+    sparsity = check_sparsity(sparsity)
+    checkpoint = open_checkpoint(folder)
+    replace(checkpoint.config, sparsity=sparsity)  # checks it against the grid
+    head, mark, block = checkpoint.source.config_text.partition('"quantization_config"')
+    block = re.sub(r'("sparsity"\s*:\s*)[^,\s}]+', rf"\g<1>{json.dumps(sparsity)}", block, count=1)
+    content = (head + mark + block).encode()
+    if (Path(folder) / MANIFEST).exists():  # a checkpoint that another program saved has none
+        write(Path(folder) / MANIFEST, renewed_manifest(Path(folder), CONFIG, content))
+    write(Path(folder) / CONFIG, content)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace a file, all at once.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    beside = path.with_name(f".{path.name}.new")
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} cannot be written ({error.strerror or error})") from error
