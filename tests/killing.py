@@ -20,7 +20,10 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from wina_convert import staging
+from wina_convert.staging import SNAPSHOT, staged
 
 # The server imports torch once; each process is forked from it in milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -171,3 +174,17 @@ class Torn:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.handle, name)
+
+
+def publish(out: Path, overwrite: bool) -> None:
+    """A conversion without a model."""
+    with staged(out, {"of": "nothing"}, True, True, overwrite) as staging:
+        weights = staging.folder / "weights"
+        for layer in range(staging.snapshot.layers if staging.snapshot else 0, 3):
+            with weights.open("r+b" if weights.exists() else "wb") as file:
+                file.seek(100 * layer)
+                file.write(bytes([layer]) * 100)
+            staging.save(layer + 1, {"state": torch.full((100,), layer)})
+        (staging.folder / "deep").mkdir(exist_ok=True)
+        (staging.folder / "deep" / "file").write_text("text")
+        (staging.folder / SNAPSHOT).unlink()

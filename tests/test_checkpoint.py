@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from breaking import failing
 from commands import SMALL, contents, refused, run, run_wina, succeeded
 from families import make_model
 from huggingface_hub import ModelCard
@@ -35,13 +36,6 @@ def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("converted") / "out"
     succeeded(run(source, "--out", out, *SMALL))
     return out
-
-
-def failing(error: BaseException) -> Callable[..., Any]:
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        raise error
-
-    return fail
 
 
 # --- the target ---

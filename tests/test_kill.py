@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from families import make_model
 from folders import files_of
-from killing import Child, End
+from killing import Child, End, publish
 
 from wina_convert import convert
 from wina_convert.integrity import verify_folder
-from wina_convert.staging import SNAPSHOT, recover, staged
+from wina_convert.staging import recover
 
 # Several shards, and a layer in more than one of them.
 OPTIONS: dict[str, Any] = {"samples": 4, "seq_len": 16, "batch_size": 24, "max_shard_size": "200KB"}
@@ -123,20 +122,6 @@ def check(folder: Path, *allowed: dict[str, bytes] | None) -> None:
 
 
 # --- staging alone: fast enough for every moment there is ---
-
-
-def publish(out: Path, overwrite: bool) -> None:
-    """A conversion without a model."""
-    with staged(out, {"of": "nothing"}, True, True, overwrite) as staging:
-        weights = staging.folder / "weights"
-        for layer in range(staging.snapshot.layers if staging.snapshot else 0, 3):
-            with weights.open("r+b" if weights.exists() else "wb") as file:
-                file.seek(100 * layer)
-                file.write(bytes([layer]) * 100)
-            staging.save(layer + 1, {"state": torch.full((100,), layer)})
-        (staging.folder / "deep").mkdir(exist_ok=True)
-        (staging.folder / "deep" / "file").write_text("text")
-        (staging.folder / SNAPSHOT).unlink()
 
 
 @MODES

@@ -72,6 +72,13 @@ def test_the_verb_table_is_the_group() -> None:
     assert verbs == set(cli.wina.commands)
 
 
+def test_every_promise_names_a_test_that_is_there() -> None:
+    for _, held_by in table_rows("Promises"):
+        files = re.findall(r"tests/\w+\.py", held_by)
+        assert files
+        assert all((ROOT / file).is_file() for file in files), held_by
+
+
 def test_the_family_table_is_the_supported_families() -> None:
     assert {row[1].strip("`") for row in table_rows("What is supported")} == set(ARCHITECTURES)
 

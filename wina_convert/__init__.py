@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .conversion import convert
     from .runtime.loader import load, set_sparsity
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["WinaConfig", "WinaError", "convert", "load", "set_sparsity"]
 
 _LAZY = {"WinaConfig": "config", "convert": "conversion", "load": "runtime.loader", "set_sparsity": "runtime.loader"}

@@ -122,7 +122,7 @@ CONVERT_OPTIONS: list[Callable[..., Any]] = [
     click.option(
         "--seq-len", type=int, help="Tokens of a sequence.  [default: 512, or the model's context if shorter]"
     ),
-    click.option("--batch-size", default=1, show_default=True, help="Sequences computed at a time."),
+    click.option("--batch-size", default=1, show_default=True, help="Sequences computed at a time on a GPU."),
     click.option("--seed", default=0, show_default=True, help="Seed of the choice of sequences."),
     device_option,
     click.option(
@@ -145,7 +145,7 @@ CONVERT_OPTIONS: list[Callable[..., Any]] = [
     ),
     click.option("--resume", is_flag=True, help="Continue an interrupted conversion; the same options are needed."),
     click.option(
-        "--keep/--no-keep", default=True, show_default=True, help="Leave an interrupted conversion for --resume."
+        "--no-keep", "keep", flag_value=False, default=True, help="Leave nothing for --resume when interrupted."
     ),
     click.option("--dry-run", is_flag=True, help="Print the plan, time and disk expected, and touch nothing."),
     click.option("--plot", is_flag=True, help="Also write PNG pictures (needs the extra 'plot')."),
