@@ -19,7 +19,6 @@ from .stream import Reader, StreamedModel, build_skeleton, checkpoint_keys
 from .trust import check_folder
 
 REPORT = "wina_report.json"
-FINITE = 1 << 24  # weights checked at a time: bounds the temporaries of the check
 
 
 @dataclass(frozen=True)

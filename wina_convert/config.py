@@ -79,6 +79,15 @@ class WinaConfig(QuantizationConfigMixin):
             raise CheckpointError("quantization_config.grid of config.json is not an ascending list that starts at 0")
         if not isinstance(self.modules, list) or not all(isinstance(name, str) for name in self.modules):
             raise CheckpointError("quantization_config.modules of config.json is not a list of names")
+        for name, kind in (
+            ("calibration", dict),
+            ("source", dict),
+            ("scheme", str),
+            ("allocation", str),
+            ("tool_version", str),
+        ):
+            if not isinstance(getattr(self, name), kind):
+                raise CheckpointError(f"quantization_config.{name} of config.json is no {kind.__name__}")
         if self.sparsity is not None and self.sparsity > grid[-1]:
             raise OptionError(f"sparsity is {self.sparsity}; this checkpoint has thresholds up to {grid[-1]}")
 

@@ -1,7 +1,7 @@
 """`wina inspect`: what a checkpoint holds, from its headers, thresholds and report."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,9 +60,9 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
     """
     checkpoint = open_checkpoint(folder)
     config, specs = checkpoint.config, checkpoint.source.tensors
-    held_out = _held_out(Path(folder))
     sparsity = config.sparsity or 0.0
     keys = checkpoint.gated_keys()
+    held_out = _held_out(Path(folder), keys)
     curves = dict(checkpoint.read(f"{key}.thresholds" for key in keys.values()))
     path = checkpoint.source.architecture.layers
     by_layer: dict[int, list[str]] = {}
@@ -102,10 +102,10 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
     )
 
 
-def _held_out(folder: Path) -> tuple[float, Mapping[str, float]] | None:
+def _held_out(folder: Path, names: Iterable[str]) -> tuple[float, Mapping[str, float]] | None:
     """Sparsity and achieved fractions of the report, where the folder has one that can be read."""
     try:
         held_out = json.loads((folder / REPORT).read_text("utf-8"))["verification"]["held_out"]
-        return float(held_out["sparsity"]), held_out["projections"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return float(held_out["sparsity"]), {name: float(held_out["projections"][name]) for name in names}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

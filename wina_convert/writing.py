@@ -83,13 +83,11 @@ def stored_tensors(source: Source, plan: ConversionPlan, keys: Iterable[str]) ->
     gated = {f"{projection.key}.weight": projection for projection in plan.projections}
     made: dict[str, Tensor] = {}
     for key, tensor in read_tensors(source.folder, [source.tensors[key] for key in keys]):
-        if tensor.is_floating_point() and not all(
-            torch.isfinite(part).all() for part in tensor.flatten().split(FINITE)
-        ):
+        if not _finite(tensor):
             raise SourceError(f"tensor {key!r} in {source.folder / source.tensors[key].file} holds NaN or infinity")
         if plan.cast and tensor.is_floating_point():
             tensor = tensor.to(plan.dtype)
-            if not all(torch.isfinite(part).all() for part in tensor.flatten().split(FINITE)):
+            if not _finite(tensor):
                 raise SourceError(f"tensor {key!r} does not fit {plan.dtype}; pass --dtype bfloat16 or float32")
         if key in gated:
             projection = gated[key]
@@ -99,6 +97,11 @@ def stored_tensors(source: Source, plan: ConversionPlan, keys: Iterable[str]) ->
         else:
             made[key] = tensor
     return made
+
+
+def _finite(tensor: Tensor) -> bool:
+    floating = tensor.is_floating_point()
+    return not floating or all(torch.isfinite(part).all() for part in tensor.flatten().split(FINITE))
 
 
 def write_config(folder: Path, source: Source, config: WinaConfig, plan: ConversionPlan) -> None:
