@@ -1,5 +1,6 @@
 """What goes wrong on purpose: calls that fail, and disks that are small."""
 
+import pkgutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,11 @@ def before_call(function: Callable[..., Any], number: int, act: Callable[..., ob
         return function(*args, **kwargs)
 
     return called
+
+
+def patch_call(patched: pytest.MonkeyPatch, place: str, number: int, act: Callable[..., object]) -> None:
+    """Have something done right before the n-th call of a function, which is named by its dotted path."""
+    patched.setattr(place, before_call(pkgutil.resolve_name(place), number, act))
 
 
 @contextmanager

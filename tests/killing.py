@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from wina_convert import staging
-from wina_convert.staging import SNAPSHOT, staged
+from wina_convert.checkpoint import REPORT
+from wina_convert.staging import staged
 
 # The server imports torch once; each process is forked from it in milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -117,9 +118,9 @@ def _watch(below: str, at: int, wait: bool, messages: Connection) -> list[str]:
         events.append(" ".join([name, *(str(subject).removeprefix(f"{below}/") for subject in subjects)]))
         if len(events) == at:
             messages.send(("events", events))
-            half_done()
             while wait:
                 time.sleep(60)
+            half_done()
             os.kill(os.getpid(), signal.SIGKILL)
 
     def audit(name: str, arguments: tuple[object, ...]) -> None:
@@ -176,15 +177,12 @@ class Torn:
         return getattr(self.handle, name)
 
 
-def publish(out: Path, overwrite: bool) -> None:
-    """A conversion without a model."""
-    with staged(out, {"of": "nothing"}, True, True, overwrite) as staging:
-        weights = staging.folder / "weights"
-        for layer in range(staging.snapshot.layers if staging.snapshot else 0, 3):
-            with weights.open("r+b" if weights.exists() else "wb") as file:
-                file.seek(100 * layer)
-                file.write(bytes([layer]) * 100)
+def publish(out: Path, overwrite: bool, resume: bool = True) -> None:
+    """A conversion without a model, of four layers."""
+    with staged(out, {"of": "nothing"}, resume, True, overwrite) as staging:
+        for layer in range(staging.snapshot.layers if staging.snapshot else 0, 4):
+            (staging.folder / f"weights-{layer}").write_text(f"weights of layer {layer}")
             staging.save(layer + 1, {"state": torch.full((100,), layer)})
         (staging.folder / "deep").mkdir(exist_ok=True)
         (staging.folder / "deep" / "file").write_text("text")
-        (staging.folder / SNAPSHOT).unlink()
+        (staging.folder / REPORT).write_text("{}")  # by which a checkpoint is known

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from breaking import failing
+from breaking import before_call, failing
 from commands import SMALL, contents, refused, run, run_wina, succeeded
 from families import make_model
 from huggingface_hub import ModelCard
@@ -291,11 +291,15 @@ def test_what_is_no_checkpoint_is_refused(command: tuple[str, ...], source: Path
     assert contents(folder) == before
 
 
-def test_a_config_that_cannot_be_replaced_stays(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("call", "file"), [(1, MANIFEST), (2, "config.json")])
+def test_a_checkpoint_that_cannot_be_retargeted_stays(
+    call: int, file: str, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     out = shutil.copytree(converted, tmp_path / "out")
     before = contents(out)
-    monkeypatch.setattr(Path, "replace", failing(OSError(errno.EROFS, "Read-only file system")))
-    refused(run_wina("retarget", out, "--sparsity", "0.25"), str(out / "config.json"), "Read-only file system")
+    fail = failing(OSError(errno.EROFS, "Read-only file system"))
+    monkeypatch.setattr(Path, "replace", before_call(Path.replace, call, fail))
+    refused(run_wina("retarget", out, "--sparsity", "0.25"), str(out / file), "Read-only file system")
     assert contents(out) == before
 
 

@@ -15,7 +15,9 @@ from folders import files_of
 from killing import Child, End, publish
 
 from wina_convert import convert
+from wina_convert.checkpoint import REPORT, open_checkpoint
 from wina_convert.integrity import verify_folder
+from wina_convert.retarget import retarget
 from wina_convert.staging import recover
 
 # Several shards, and a layer in more than one of them.
@@ -124,23 +126,71 @@ def check(folder: Path, *allowed: dict[str, bytes] | None) -> None:
 # --- staging alone: fast enough for every moment there is ---
 
 
+BEFORE = {"weights-0": b"from before", "more/file": b"from before", REPORT: b"{}"}
+AFTER = {f"weights-{layer}": f"weights of layer {layer}".encode() for layer in range(4)}
+AFTER |= {"deep/file": b"text", REPORT: b"{}"}
+
+
+def published(folder: Path, where: str) -> None:
+    """A process that nobody kills completes what was begun, and nothing else is left."""
+    assert not Child(publish, {"out": folder / "out", "overwrite": True}, folder).end().killed
+    assert files_of(folder) == {f"out/{name}": content for name, content in AFTER.items()}, where
+
+
 @MODES
 def test_staging_killed_at_every_event(old: bool, tmp_path: Path) -> None:
-    before = {"weights": b"from before", "more/file": b"from before"} if old else None
-    after = {"weights": b"".join(bytes([layer]) * 100 for layer in range(3)), "deep/file": b"text"}
+    before = BEFORE if old else None
     folder = tmp_path / "folder"
     arguments = {"out": folder / "out", "overwrite": old}
     begin(folder, before)
     events = Child(publish, arguments, folder).end().events
-    assert files_of(folder) == {f"out/{name}": content for name, content in after.items()}
     for at, event in enumerate(events, 1):
         begin(folder, before)
         end = Child(publish, arguments, folder, at).end()
         where = f"killed at event {at} of {len(events)}: {event}"
         assert (end.killed, end.events[-1]) == (True, event)
         recover(folder / "out")
-        found = files_of(folder / "out") or None
-        assert found in (before, after), where
-        if old or found is None:
-            assert not Child(publish, arguments, folder).end().killed
-            assert files_of(folder) == {f"out/{name}": content for name, content in after.items()}, where
+        assert (files_of(folder / "out") or None) in (before, AFTER), where
+        published(folder, where)
+
+
+def test_an_unfinished_conversion_killed_while_it_is_discarded_is_not_resumed_in_part(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    arguments = {"out": folder / "out", "overwrite": True, "resume": False}
+    begin(folder, None)
+    events = Child(publish, arguments, folder).end().events
+    last = next(n for n, event in enumerate(events, 1) if event.startswith("os.mkdir") and event.endswith("/deep"))
+
+    def leave_unfinished() -> None:
+        begin(folder, None)
+        assert Child(publish, arguments, folder, last).end().killed
+
+    leave_unfinished()
+    events = Child(publish, arguments, folder).end().events
+    first = next(n for n, event in enumerate(events) if event.startswith("write"))
+    assert sum(event.startswith("os.remove") for event in events[:first]) >= 5
+    for at, event in enumerate(events[:first], 1):
+        leave_unfinished()
+        assert Child(publish, arguments, folder, at).end().killed
+        published(folder, f"killed at event {at}: {event}")
+
+
+# --- retarget, which changes a checkpoint in place ---
+
+
+def test_retarget_killed_at_every_event_leaves_a_checkpoint_that_it_can_retarget(
+    replaced: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    arguments = {"folder": folder / "out", "sparsity": 0.75}
+    begin(folder, files_of(replaced))
+    events = Child(retarget, arguments, folder).end().events
+    after = files_of(folder / "out")
+    assert {event.split()[0] for event in events} >= {"open", "write", "os.rename"}
+    for at in range(1, len(events) + 1):
+        begin(folder, files_of(replaced))
+        assert Child(retarget, arguments, folder, at).end().killed
+        assert open_checkpoint(folder / "out").config.sparsity in (0.25, 0.75), events[at - 1]
+        assert not Child(retarget, arguments, folder).end().killed
+        assert files_of(folder / "out") == after, events[at - 1]
+        verify_folder(folder / "out")

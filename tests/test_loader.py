@@ -105,7 +105,17 @@ def in_new_process(code: str, *args: Any, **env: str) -> tuple[Any, str]:
 # Registration
 
 
-READERS = [".architectures", ".checkpoint", ".config", ".dtypes", ".errors", ".progress", ".scoring", ".shards", ".source"]
+READERS = [
+    ".architectures",
+    ".checkpoint",
+    ".config",
+    ".dtypes",
+    ".errors",
+    ".progress",
+    ".scoring",
+    ".shards",
+    ".source",
+]
 READERS += [".stream", ".trust"]
 LOAD = """
 import json, sys

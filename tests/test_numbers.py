@@ -1,4 +1,4 @@
-"""Numbers at their limits: the gated product, models and calibration on zeros, infinities, NaN, denormals, ties and overflow.
+"""The gated product, models and calibration on zeros, infinities, NaN, denormals, ties and overflow.
 
 The reference computes in float64. `test_kernels.py` and `test_streaming.py` ask the same of ordinary numbers.
 """

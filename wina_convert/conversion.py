@@ -23,7 +23,7 @@ from .plan import make_plan
 from .progress import Progress, silent
 from .shards import ShardWriter, shard_bytes
 from .source import Source, open_source
-from .staging import SNAPSHOT, staged
+from .staging import staged
 from .text import BUNDLED, HELD_OUT, load_tokenizer, read_documents, sequence_length, sequences, split
 from .thresholds import levels
 from .verify import verify
@@ -144,13 +144,13 @@ def convert(
     }
     identity = {
         "source": config.source | {"files": fingerprints(source)},
-        "options": options | {"device": str(target), "plot": plot},
         "versions": versions,
+        "options": options | {"device": str(target), "plot": plot},
         "calibration": config.calibration | {"held_out_sha256": hashlib.sha256(held_out.numpy().tobytes()).hexdigest()},
     }
     with staged(Path(out), identity, resume, keep, overwrite) as staging:
         folder = staging.folder
-        with ShardWriter(folder, plan.tensors, max_shard_size) as shards:
+        with ShardWriter(folder, plan.tensors, max_shard_size, staging.snapshot is not None) as shards:
             curves = write_layers(source, plan, config, tokens, at_a_time, target, shards, staging, progress, plot)
         write_config(folder, source, config, plan)
         copy_sidecars(source, folder)
@@ -167,7 +167,6 @@ def convert(
         write_card(folder, source, report)
         if plot:
             pictures.draw_conversion(folder, report, curves)
-        (folder / SNAPSHOT).unlink()
         write_manifest(folder)
     return report
 

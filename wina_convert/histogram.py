@@ -72,4 +72,4 @@ class ScoreHistogram:
 def bin_edges(k: int) -> tuple[float, float]:
     """Smallest and next-after-largest score of bin k."""
     low, high = (torch.tensor([k, k + 1], dtype=torch.int32) << 16).view(torch.float32).tolist()
-    return low, high
+    return low, min(high, torch.finfo(torch.float32).max)

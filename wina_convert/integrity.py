@@ -12,6 +12,7 @@ from .checkpoint import REPORT, Checkpoint, open_checkpoint
 from .errors import CheckpointError, SourceError, VerificationError
 from .progress import Progress, silent
 from .scoring import column_norms, threshold_at
+from .staging import SNAPSHOT
 from .trust import check_folder
 
 MANIFEST = "wina_manifest.json"
@@ -119,7 +120,7 @@ def _files(folder: Path) -> Iterator[str]:
         if (
             path.is_file()
             and relative.parts[0] not in {".cache", ".git", ".gitattributes"}
-            and str(relative) != MANIFEST
+            and str(relative) not in {MANIFEST, SNAPSHOT}
         ):
             yield relative.as_posix()
 

@@ -94,7 +94,7 @@ def write_layers(
                 staging.save(index + 1, _carried({} if last else states, kept))
                 saved = time.monotonic()
                 cost = saved - now
-    return kept
+    return {projection.name: kept[projection.name] for projection in plan.projections} if plot else {}
 
 
 def _carried(states: States, kept: Mapping[str, pictures.ScoreCurve]) -> dict[str, Tensor]:

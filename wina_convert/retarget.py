@@ -28,9 +28,17 @@ def retarget(folder: str | Path, sparsity: float) -> None:
     head, mark, block = checkpoint.source.config_text.partition('"quantization_config"')
     block = re.sub(r'("sparsity"\s*:\s*)[^,\s}]+', rf"\g<1>{json.dumps(sparsity)}", block, count=1)
     content = (head + mark + block).encode()
-    if (Path(folder) / MANIFEST).exists():  # a checkpoint that another program saved has none
-        write(Path(folder) / MANIFEST, renewed_manifest(Path(folder), CONFIG, content))
-    write(Path(folder) / CONFIG, content)
+    manifest = Path(folder) / MANIFEST
+    if not manifest.exists():  # another program saved the checkpoint
+        write(Path(folder) / CONFIG, content)
+        return
+    before = manifest.read_bytes()
+    write(manifest, renewed_manifest(Path(folder), CONFIG, content))
+    try:
+        write(Path(folder) / CONFIG, content)
+    except CheckpointError:
+        write(manifest, before)
+        raise
 
 
 def write(path: Path, content: bytes) -> None:

@@ -19,7 +19,7 @@ from huggingface_hub.serialization._base import parse_size_to_int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import OptionError, SourceError
+from .errors import CheckpointError, OptionError, SourceError
 from .trust import contained
 
 SINGLE = "model.safetensors"
@@ -195,11 +195,16 @@ def shard_bytes(size: str | int) -> int:
 class ShardWriter:
     """Writes safetensors shards and their index into a folder, in any order of tensors, without holding any.
 
-    Raises (from `__enter__`):
+    With `resumed`, the files of an interrupted conversion are there.
+
+    Raises:
         OptionError: `max_shard_size` cannot be read as a size.
+        CheckpointError (from `__enter__`): such a file is lost or cut off.
     """
 
-    def __init__(self, folder: Path, specs: Iterable[TensorSpec], max_shard_size: str | int) -> None:
+    def __init__(
+        self, folder: Path, specs: Iterable[TensorSpec], max_shard_size: str | int, resumed: bool = False
+    ) -> None:
         self.folder = folder
         self.pending = {spec.name: spec for spec in specs}
         self.split = split_state_dict_into_shards_factory(
@@ -209,6 +214,7 @@ class ShardWriter:
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=shard_bytes(max_shard_size),
         )
+        self.resumed = resumed
         self.files: dict[str, BinaryIO] = {}
         self.offsets: dict[str, int] = {}
 
@@ -221,8 +227,11 @@ class ShardWriter:
         for file, names in self.split.filename_to_tensors.items():
             header, starts, size = _layout([self.pending[name] for name in names])
             self.offsets |= starts
+            path = self.folder / file
             try:
-                self.files[file] = handle = (self.folder / file).open("r+b" if (self.folder / file).exists() else "wb")
+                if self.resumed and not (path.is_file() and path.stat().st_size == size):
+                    raise CheckpointError(f"{path} of the unfinished conversion is lost or cut off; start anew")
+                self.files[file] = handle = path.open("r+b" if self.resumed else "wb")
                 handle.write(header)
                 handle.flush()
                 handle.truncate(size)

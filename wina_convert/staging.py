@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .checkpoint import REPORT
 from .errors import CheckpointError, WinaError
 
 SNAPSHOT = ".snapshot.safetensors"
@@ -67,7 +68,11 @@ class Staging:
 
 def hidden(target: Path) -> Path:
     """The folder of an unfinished conversion to a target."""
-    return target.with_name(f".{target.name}.wina-staging")
+    return _beside(target, "staging")
+
+
+def _beside(target: Path, what: str) -> Path:
+    return target.with_name(f".{target.name}.wina-{what}")
 
 
 @contextmanager
@@ -91,55 +96,74 @@ def staged(out: Path, identity: Mapping[str, Any], resume: bool, keep: bool, ove
     target = out.resolve()
     folder = hidden(target)
     new_parents = [parent for parent in target.parents if not parent.exists()]
-    lock = FileLock(target.with_name(f".{target.name}.wina-lock"))
+    lock = FileLock(_beside(target, "lock"))
+    kept = True  # what is there already is not this conversion's to remove
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
+        recover(target)
+        check_replaceable(out, overwrite)
+        snapshot = _begin(out, folder, identity, resume, overwrite)
+        kept = False
+        yield Staging(folder, dict(identity), snapshot)
+        check_replaceable(out, overwrite)  # hours later
+        _publish(folder, target)
     except Timeout as error:
         raise CheckpointError(f"another conversion to {out} is running; wait for it or choose another --out") from error
-    except OSError as error:
-        raise unwritable(out, error) from error
-    kept = False
-    try:
-        recover(target)
-        snapshot = _begin(out, folder, identity, resume, overwrite)
-        yield Staging(folder, dict(identity), snapshot)
-        _publish(folder, target)
     except BaseException as error:
-        kept = keep and not isinstance(error, WinaError) and (folder / SNAPSHOT).exists()
+        kept = kept or (keep and not isinstance(error, WinaError) and (folder / SNAPSHOT).exists())
+        unfinished = kept and lock.is_locked and (folder / SNAPSHOT).exists()
         if isinstance(error, OSError):
-            raise unwritable(out, error, kept) from error
+            raise unwritable(out, error, unfinished) from error
         if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(_left(kept)) from error
+            raise KeyboardInterrupt(_left(unfinished)) from error
         raise
     finally:
-        if not kept:
-            shutil.rmtree(folder, ignore_errors=True)
-        lock.release()
-        with suppress(OSError):
-            Path(lock.lock_file).unlink(missing_ok=True)
+        if lock.is_locked:
+            if not kept:
+                shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                Path(lock.lock_file).unlink(missing_ok=True)  # before the release: afterwards it may be another's
+            lock.release()
         for parent in new_parents:
             with suppress(OSError):
                 parent.rmdir()  # only where nothing came
 
 
+def check_replaceable(out: Path, overwrite: bool) -> None:
+    """Refuse to take the place of anything but nothing, an empty folder or, with `overwrite`, a WINA checkpoint.
+
+    Raises:
+        CheckpointError: something else is there.
+    """
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise CheckpointError(
+                f"{out} exists; choose another --out, or pass --overwrite to replace a WINA checkpoint"
+            )
+        if not (out / REPORT).is_file():
+            raise CheckpointError(
+                f"{out} is not a WINA checkpoint, so --overwrite does not replace it; choose another --out"
+            )
+    elif out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file; choose another --out")
+
+
 def _begin(out: Path, folder: Path, identity: Mapping[str, Any], resume: bool, overwrite: bool) -> Snapshot | None:
     """Make the folder, or take up the one that is there."""
-    if (folder / SNAPSHOT).exists():
+    if (folder / SNAPSHOT).exists() and (resume or not overwrite):
         found, snapshot = _read_snapshot(folder / SNAPSHOT)
-        if not (resume or overwrite):
+        if not resume:
             raise CheckpointError(
                 f"an unfinished conversion to {out} is there, {snapshot.layers} layers done; pass --resume to continue it, or "
                 "--overwrite to start anew"
             )
-        if resume:
-            changed = difference(found, identity)
-            if changed:
-                raise CheckpointError(
-                    f"the unfinished conversion to {out} is of something else: {changed}; use what it began with, or pass "
-                    "--overwrite to start anew"
-                )
-            return snapshot
+        if changed := difference(found, identity):
+            raise CheckpointError(
+                f"the unfinished conversion to {out} is of something else: {changed}; use what it began with, or pass "
+                "--overwrite to start anew"
+            )
+        return snapshot
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     return None
@@ -153,14 +177,14 @@ def _read_snapshot(path: Path) -> tuple[dict[str, Any], Snapshot]:
         return json.loads(metadata["identity"]), Snapshot(int(metadata["layers"]), tensors)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} of an unfinished conversion cannot be read ({error}); remove {path.parent}"
+            f"{path} of an unfinished conversion cannot be read ({error}); pass --overwrite to start anew"
         ) from error
 
 
 def difference(before: Any, now: Any, where: str = "") -> str:
     """The first difference of two JSON values, in words; empty where there is none."""
     if isinstance(before, dict) and isinstance(now, dict):
-        for name in sorted({*before, *now}):
+        for name in dict.fromkeys([*before, *now]):
             inner = difference(before.get(name), now.get(name), f"{where}.{name}" if where else name)
             if inner:
                 return inner
@@ -169,29 +193,29 @@ def difference(before: Any, now: Any, where: str = "") -> str:
 
 
 def recover(target: Path) -> None:
-    """Put back the checkpoint that a killed process had moved aside to replace it."""
-    old = _replaced(target)
-    if old.exists() and not target.exists():
-        old.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    """Put back what a killed process had moved aside: the checkpoint that it was to replace, the snapshot of its own."""
+    replaced, snapshot = _beside(target, "replaced"), _beside(target, "snapshot")
+    if replaced.exists() and not target.exists():
+        replaced.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if snapshot.exists() and hidden(target).exists():
+        snapshot.rename(hidden(target) / SNAPSHOT)
+    snapshot.unlink(missing_ok=True)
 
 
 def _publish(folder: Path, target: Path) -> None:
-    for path in (*(path for path in folder.rglob("*") if path.is_file()), folder):
+    for path in (*folder.rglob("*"), folder):
         _sync(path)
-    if target.is_dir() and any(target.iterdir()):
-        target.rename(_replaced(target))
-        try:
-            folder.rename(target)
-        finally:
-            recover(target)
-    else:
+    # Until the folder has its name, a refusal of the system can be resumed from; afterwards it is to be the checkpoint alone.
+    with suppress(FileNotFoundError):
+        (folder / SNAPSHOT).rename(_beside(target, "snapshot"))
+    try:
+        if target.is_dir() and any(target.iterdir()):
+            target.rename(_beside(target, "replaced"))
         folder.rename(target)  # replaces an empty folder
+    finally:
+        recover(target)
     _sync(target.parent)
-
-
-def _replaced(target: Path) -> Path:
-    return target.with_name(f".{target.name}.wina-replaced")
 
 
 def _sync(path: Path) -> None:

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import REPORT
 from .config import INSTALL, WinaConfig
 from .errors import CheckpointError, SourceError
 from .plan import ConversionPlan
 from .scoring import column_norms
 from .shards import read_tensors
 from .source import CONFIG, Source, sidecars
-from .staging import hidden, unwritable
+from .staging import check_replaceable, hidden, unwritable
 
 FINITE = 1 << 24  # weights checked at a time: bounds the temporaries of the check
 
@@ -32,23 +31,13 @@ def check_target(out: Path, model: str, overwrite: bool) -> None:
     """
     try:
         target = out.resolve()
-        target.exists()
+        hidden(target).exists()  # its name is the longest
     except OSError as error:
         raise unwritable(out, error) from error
     source = Path(model).resolve()
     if Path(model).is_dir() and (target == source or source in target.parents or target in source.parents):
         raise CheckpointError(f"{out} and the source {model} lie one inside the other; choose another --out")
-    if target.is_dir() and any(target.iterdir()):
-        if not overwrite:
-            raise CheckpointError(
-                f"{out} exists; choose another --out, or pass --overwrite to replace a WINA checkpoint"
-            )
-        if not (target / REPORT).is_file():
-            raise CheckpointError(
-                f"{out} is not a WINA checkpoint, so --overwrite does not replace it; choose another --out"
-            )
-    elif target.exists() and not target.is_dir():
-        raise CheckpointError(f"{out} is a file; choose another --out")
+    check_replaceable(out, overwrite)
     nearest = next(parent for parent in target.parents if parent.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         raise CheckpointError(f"{out} cannot be written: {nearest} is read-only or no folder; choose another --out")

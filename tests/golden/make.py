@@ -1,0 +1,94 @@
+"""Writes the golden checkpoints: what a conversion wrote when format version 1 was new, and the logits it gave.
+
+    python tests/golden/make.py FOLDER  # tests/golden for the golden ones themselves
+
+The checkpoints of a format version are written once. From the release of version 1 on, those of version 1 must never be
+written again: they stand for checkpoints that people have, which every later release has to read. A new format version
+gets golden checkpoints of its own beside these, and this file then makes those.
+"""
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from families import random_weights
+
+from wina_convert import convert, load
+from wina_convert.config import FORMAT_VERSION
+
+CHARACTERS = " abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,;:!?'\"-"
+SPARSITIES = {"0": 0.0, "default": None, "0.8": 0.8}
+TOKENS: dict[str, Any] = {"vocab_size": 64, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+MODELS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "llama-bfloat16-tied": (
+        torch.bfloat16,
+        {
+            "model_type": "llama",
+            **TOKENS,
+            "hidden_size": 16,
+            "intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 4,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gpt2-float32": (  # Conv1D, which stores its weights transposed, and biases
+        torch.float32,
+        {"model_type": "gpt2", **TOKENS, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    ),
+}
+
+
+def make_source(folder: Path, dtype: torch.dtype, fields: dict[str, Any]) -> None:
+    """A model with random weights, and a tokenizer with a token for each of a few characters."""
+    fields = dict(fields)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[fields.pop("model_type")](**fields), dtype=torch.float32)
+    random_weights(model, seed=1)
+    model.to(dtype).save_pretrained(folder)
+    vocabulary = {"<unk>": 0} | {character: index for index, character in enumerate(CHARACTERS, start=1)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+
+
+def expected_logits(folder: Path, stored: str) -> dict[str, Tensor]:
+    """input_ids [2, 12]; float32 logits [2, 12, 64], computed in the stored dtype and in float32, which rounds less."""
+    tokens = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(2))
+    found = {"input_ids": tokens}
+    for dtype in {stored, "float32"}:
+        for name, sparsity in SPARSITIES.items():
+            model = load(str(folder), sparsity=sparsity, dtype=dtype)
+            with torch.no_grad():
+                found[f"logits.{dtype}.{name}"] = model(tokens).logits.float()
+    return found
+
+
+def main(out: Path) -> None:
+    """Convert every model into a folder."""
+    if FORMAT_VERSION != 1:
+        sys.exit("the golden checkpoints of format version 1 must not be written by another version")
+    for name, (dtype, fields) in MODELS.items():
+        with TemporaryDirectory() as temporary:
+            source = Path(temporary) / name
+            make_source(source, dtype, fields)
+            convert(str(source), out / "v1" / name, samples=32, seq_len=32)
+        expected = expected_logits(out / "v1" / name, str(dtype).removeprefix("torch."))
+        save_file(expected, out / "v1" / f"{name}.expected.safetensors")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]))
