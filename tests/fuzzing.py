@@ -665,7 +665,7 @@ def run(bench: Bench, seed: int, numbers: range, tell: Callable[[str], object]) 
             outcomes[run_case(bench, case)] += 1
         except CaseError as failure:
             door, what, *_ = str(failure).split(": ")
-            outcomes[f"FAILED {door}: {what[:100]}"] += 1
+            outcomes[f"FAILED {door}: {what.partition(',')[0][:100]}"] += 1
             failures.append(f"{describe(case, seed, number)}\n    {failure}")
             tell(failures[-1])
         done = number - numbers.start + 1
@@ -686,7 +686,7 @@ def main() -> None:
     parser.add_argument("--case", type=int, help="only this one")
     options = parser.parse_args()
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.CRITICAL)  # errors are raised as well
     with TemporaryDirectory() as place:
         bench = make_bench(Path(place))
         resource.setrlimit(resource.RLIMIT_AS, (address_space() + 4 * MEMORY,) * 2)

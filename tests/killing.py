@@ -178,9 +178,9 @@ class Torn:
 
 
 def publish(out: Path, overwrite: bool, resume: bool = True) -> None:
-    """A conversion without a model, of four layers."""
+    """A conversion without a model, of three layers."""
     with staged(out, {"of": "nothing"}, resume, True, overwrite) as staging:
-        for layer in range(staging.snapshot.layers if staging.snapshot else 0, 4):
+        for layer in range(staging.snapshot.layers if staging.snapshot else 0, 3):
             (staging.folder / f"weights-{layer}").write_text(f"weights of layer {layer}")
             staging.save(layer + 1, {"state": torch.full((100,), layer)})
         (staging.folder / "deep").mkdir(exist_ok=True)

@@ -140,8 +140,10 @@ def test_file_names_of_any_letters_are_recorded(name: str, copied: Path):
     assert entries(copied)[name]["size"] == 5
     verify_folder(copied)
     (copied / name).write_text("Named")
-    with pytest.raises(VerificationError, match=re.escape(f"{copied / name} was changed")):
+    with pytest.raises(VerificationError, match="was changed since the conversion") as raised:
         verify_folder(copied)
+    escaped = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in name)
+    assert name in str(raised.value) or escaped in str(raised.value)
 
 
 def test_a_file_name_that_is_not_utf_8_is_carried_or_refused(source: Path, tmp_path: Path):

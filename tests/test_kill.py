@@ -21,7 +21,7 @@ from wina_convert.retarget import retarget
 from wina_convert.staging import recover
 
 # Several shards, and a layer in more than one of them.
-OPTIONS: dict[str, Any] = {"samples": 4, "seq_len": 16, "batch_size": 24, "max_shard_size": "200KB"}
+OPTIONS: dict[str, Any] = {"samples": 4, "seq_len": 16, "targets": ["mlp"], "max_shard_size": "200KB"}
 MODES = pytest.mark.parametrize("old", [False, True], ids=["new", "overwrite"])
 
 
@@ -127,7 +127,7 @@ def check(folder: Path, *allowed: dict[str, bytes] | None) -> None:
 
 
 BEFORE = {"weights-0": b"from before", "more/file": b"from before", REPORT: b"{}"}
-AFTER = {f"weights-{layer}": f"weights of layer {layer}".encode() for layer in range(4)}
+AFTER = {f"weights-{layer}": f"weights of layer {layer}".encode() for layer in range(3)}
 AFTER |= {"deep/file": b"text", REPORT: b"{}"}
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .architectures import ARCHITECTURES
 from .config import WinaConfig, check_sparsity
-from .dtypes import compute_dtype
+from .dtypes import FLOATS, compute_dtype
 from .errors import CheckpointError, SourceError
 from .runtime.loader import install
-from .shards import TensorSpec, read_headers, read_tensors
+from .shards import INDEX, SINGLE, TensorSpec, read_headers, read_tensors
 from .source import Source, read_config
 from .stream import Reader, StreamedModel, build_skeleton, checkpoint_keys
 from .trust import check_folder
@@ -115,6 +115,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         config = WinaConfig.from_dict(block)
         config = replace(config, sparsity=check_sparsity(config.sparsity if config.sparsity is not None else 0.0))
         check_folder(Path(folder))
+        if (Path(folder) / SINGLE).exists() and (Path(folder) / INDEX).exists():
+            raise CheckpointError(f"{folder} has both {SINGLE} and {INDEX}, and only one can be meant; get it again")
         source = Source(Path(folder).resolve().name, None, Path(folder), content, text, read_headers(Path(folder)))
     except SourceError as error:
         raise CheckpointError(str(error)) from error
@@ -146,7 +148,8 @@ def _check_structure(checkpoint: Checkpoint) -> None:
                 raise CheckpointError(
                     f"{checkpoint.source.folder}: {key + '.' + leaf!r} is {got} instead of float32 {list(shape)}; convert again"
                 )
-        if len(weight_t.shape) != 2 or not weight_t.dtype.is_floating_point:
+        if len(weight_t.shape) != 2 or weight_t.dtype not in FLOATS.values():
+            got = f"{weight_t.dtype} {list(weight_t.shape)}"
             raise CheckpointError(
-                f"{checkpoint.source.folder}: {weight_t.name!r} is {weight_t.dtype} {list(weight_t.shape)}, no matrix of floats"
+                f"{checkpoint.source.folder}: {weight_t.name!r} is {got}, no matrix in {', '.join(FLOATS)}"
             )

@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from . import __version__
-from .display import bench_text, by_layer, plan_text, printable, report_text, table
-from .errors import OptionError, WinaError
+from .display import bench_text, by_layer, plan_text, report_text, table
+from .errors import OptionError, WinaError, printable
 from .progress import Progress, bars, lines, silent
 
 
@@ -80,7 +80,7 @@ def _quiet_transformers() -> None:
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
+    logging.set_verbosity(50)  # CRITICAL: its errors come as exceptions, and may quote a file of anybody's
     logging._tqdm_active = False  # disable_progress_bar would take huggingface_hub's bars away as well
     hub_logging.set_verbosity_error()
 

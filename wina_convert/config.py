@@ -1,6 +1,5 @@
 """WinaConfig: exactly what `quantization_config` of a WINA checkpoint's config.json stores, and its checks."""
 
-import math
 import warnings
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -70,9 +69,8 @@ class WinaConfig(QuantizationConfigMixin):
         ascending = (
             isinstance(grid, list)
             and 2 <= len(grid) <= 1000
-            and all(isinstance(point, (int, float)) and math.isfinite(point) for point in grid)
+            and all(isinstance(point, (int, float)) and 0 <= point <= 1 for point in grid)
             and grid[0] == 0
-            and grid[-1] <= 1
             and all(a < b for a, b in pairwise(grid))
         )
         if not ascending:

@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .errors import printable
+
 if TYPE_CHECKING:
     from .bench import Benchmark
 
@@ -84,12 +86,6 @@ def bench_text(measured: "Benchmark") -> str:
             ]
         )
     return "\n".join([*head, "", table(rows)])
-
-
-def printable(text: str, limit: int = 2000) -> str:
-    """Text from a file that may be anybody's, on one line and without control characters."""
-    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:limit])
-    return shown if len(text) <= limit else f"{shown} ..."
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

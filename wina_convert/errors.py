@@ -6,8 +6,17 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def printable(text: str, limit: int = 2000) -> str:
+    """Text from a file that may be anybody's, on one line and without control characters."""
+    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:limit])
+    return shown if len(shown) <= limit and len(text) <= limit else f"{shown[:limit]} ..."
+
+
 class WinaError(Exception):
     """Base of every error the package raises on purpose; the command line prints it in one line and exits 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class OptionError(WinaError):

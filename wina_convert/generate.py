@@ -7,7 +7,7 @@ from typing import Any
 
 from .checkpoint import open_checkpoint
 from .dtypes import check_dtype
-from .errors import OptionError
+from .errors import CheckpointError, OptionError, one_line
 from .runtime.loader import load
 from .text import load_tokenizer
 
@@ -88,14 +88,21 @@ def generate(
 
     set_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    with torch.inference_mode():
-        model.generate(
-            **{name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs},
-            streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **sampling,
-        )
+    try:
+        with torch.inference_mode():
+            model.generate(
+                **{name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs},
+                streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+                max_new_tokens=max_new_tokens,
+                num_beams=1,  # only one text can be streamed
+                num_return_sequences=1,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                **sampling,
+            )
+    except OSError:
+        raise
+    except Exception as error:  # whatever the folder's generation_config.json leads to
+        raise CheckpointError(f"{folder} cannot generate text: {one_line(error)}") from error
     del done.times[0]  # the prompt's
     done.tokens = len(done.times)
     return done

@@ -107,5 +107,5 @@ def _held_out(folder: Path, names: Iterable[str]) -> tuple[float, Mapping[str, f
     try:
         held_out = json.loads((folder / REPORT).read_text("utf-8"))["verification"]["held_out"]
         return float(held_out["sparsity"]), {name: float(held_out["projections"][name]) for name in names}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None

@@ -52,7 +52,7 @@ def verify_folder(folder: str | Path, progress: Progress = silent) -> int:
     """
     folder = Path(folder)
     try:
-        check_folder(folder)
+        check_folder(folder, hidden=True)
     except SourceError as error:
         raise CheckpointError(str(error)) from error
     files = _read_manifest(folder)
@@ -109,7 +109,7 @@ def _recorded(folder: Path, checkpoint: Checkpoint) -> dict[str, float] | None:
         report = json.loads((folder / REPORT).read_bytes())["verification"]
         same = report["held_out"]["sparsity"] == checkpoint.config.sparsity
         return {name: float(value) for name, value in report["thresholds"].items()} if same else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise VerificationError(f"{folder / REPORT} is not the report of a conversion; get it again") from error
 
 
@@ -140,7 +140,8 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, int | str]]:
         content = path.read_bytes()
         files: dict[str, dict[str, int | str]] = json.loads(content)["files"]
         whole = _text(files) == content and all(
-            set(entry) == {"size", "sha256"} and isinstance(entry["size"], int) for entry in files.values()
+            set(entry) == {"size", "sha256"} and isinstance(entry["size"], int) and 0 <= entry["size"] < 1 << 63
+            for entry in files.values()
         )
     except OSError as error:
         raise CheckpointError(

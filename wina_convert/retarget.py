@@ -49,7 +49,9 @@ def write(path: Path, content: bytes) -> None:
     """
     beside = path.with_name(f".{path.name}.new")
     try:
-        beside.write_bytes(content)
+        beside.unlink(missing_ok=True)
+        with beside.open("xb") as file:  # never through a link that lies there
+            file.write(content)
         beside.replace(path)
     except OSError as error:
         with suppress(OSError):

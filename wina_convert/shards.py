@@ -86,10 +86,10 @@ def read_headers(folder: Path) -> dict[str, TensorSpec]:
     Raises:
         SourceError: no safetensors weights, a shard missing, truncated or outside the folder, or an index that disagrees.
     """
-    if contained(folder, INDEX).is_file():
-        weight_map = read_index(folder / INDEX)
-    elif contained(folder, SINGLE).is_file():
+    if contained(folder, SINGLE).is_file():  # as transformers chooses
         weight_map = None
+    elif contained(folder, INDEX).is_file():
+        weight_map = read_index(folder / INDEX)
     else:
         raise SourceError(_no_weights(folder))
     specs: dict[str, TensorSpec] = {}

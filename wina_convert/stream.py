@@ -93,6 +93,8 @@ def check_parameters(
                 f"tensor {key!r} has shape {specs[key].shape} where config.json asks for {tuple(state[name].shape)}; "
                 "the two do not belong together"
             )
+        if state[name].is_floating_point() and not specs[key].dtype.is_floating_point:
+            raise SourceError(f"tensor {key!r} is {specs[key].dtype}, where the model has floating-point numbers")
 
 
 class StreamedModel:

@@ -1,12 +1,13 @@
 """Refuses what a folder from a stranger could make its reader do: leave the folder, fetch code, take all memory."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 from .errors import SourceError
 
-MAX_LAYERS = 1000
+MAX_LAYERS = 1000  # and labels: transformers makes a name for each
 MAX_SIZE = 1 << 24  # of any dimension that config.json names
 SIZE = re.compile(r"(num|n|d)_.*|.*_(size|dim|layers?|heads?|positions|embeddings)")
 
@@ -32,20 +33,35 @@ def contained(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a folder with a visible entry that is neither a file nor a folder inside it.
+def check_folder(folder: Path, hidden: bool = False) -> None:
+    """Refuse a folder with an entry that is neither a file nor a folder inside it; hidden ones count only where asked.
 
     Raises:
-        SourceError: a link out of it, a dangling one, a pipe or device.
+        SourceError: a link out of it, a dangling one, a pipe or device; a tokenizer that names files elsewhere.
     """
-    for path in folder.rglob("*"):
+    try:
+        entries = sorted(folder.rglob("*"))
+    except (OSError, RecursionError) as error:
+        raise SourceError(f"{folder} cannot be listed ({type(error).__name__}: {error})") from error
+    for path in entries:
         name = path.relative_to(folder)
-        if any(part.startswith(".") for part in name.parts):
+        if any(part.startswith(".") for part in name.parts) and not hidden:
             continue
         if path.is_symlink():
             contained(folder, str(name))
         if not (path.is_file() or path.is_dir()):
             raise SourceError(f"{folder}: {str(name)!r} is neither a file nor a folder; remove it")
+    for file in _tokenizer_files(folder):
+        contained(folder, file)
+
+
+def _tokenizer_files(folder: Path) -> list[str]:
+    """The files that a tokenizer's config tells transformers to read."""
+    try:
+        named = json.loads((folder / "tokenizer_config.json").read_bytes())["fast_tokenizer_files"]
+        return [str(name) for name in named]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
 
 
 def check_config(name: str, config: dict[str, Any]) -> None:
@@ -54,13 +70,18 @@ def check_config(name: str, config: dict[str, Any]) -> None:
     Raises:
         SourceError: it does.
     """
+    rotary = [config, config.get("rope_parameters"), config.get("rope_scaling")]
+    for fields in rotary:
+        fraction = fields.get("partial_rotary_factor") if isinstance(fields, dict) else None
+        if isinstance(fraction, (int, float)) and not 0 <= fraction <= 1:
+            raise SourceError(f"{name}: partial_rotary_factor in config.json is {fraction}; it is a fraction")
     for key, value in config.items():
         if key in ("attn_implementation", "_attn_implementation") and "/" in str(value):
             raise SourceError(
                 f"{name}: {key} in config.json is {value!r}, code to download; remove it, and pass attn_implementation to "
                 "from_pretrained if you trust it"
             )
-        bound = MAX_LAYERS if "layer" in key else MAX_SIZE
+        bound = MAX_LAYERS if "layer" in key or "label" in key else MAX_SIZE
         if SIZE.fullmatch(key) and isinstance(value, (int, float)) and not -1 <= value <= bound:
             raise SourceError(
                 f"{name}: {key} in config.json is {value}; at most {bound} makes sense; get the file again"

@@ -135,6 +135,10 @@ def check_files(model: "PreTrainedModel", files: Sequence[str]) -> None:
     if pickled := [file for file in files if not file.endswith(".safetensors")]:
         raise CheckpointError(f"{pickled[0]} may run code when read; a WINA checkpoint is in safetensors: get it again")
     specs = open_checkpoint(Path(files[0]).parent).source.tensors
+    if {Path(file).name for file in files} != {spec.file for spec in specs.values()}:
+        raise CheckpointError(
+            f"{Path(files[0]).parent}: config.json names other weights than the folder's; do not use it"
+        )
     head = model.get_output_embeddings()
     base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
     heads = {f"{name}.weight" for name, module in model.named_modules() if module is head}
