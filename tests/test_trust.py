@@ -481,6 +481,28 @@ def test_the_weights_that_are_loaded_are_the_ones_that_were_checked(change: Chan
         assert torch.equal(found, logits)
 
 
+@pytest.mark.parametrize("door", [load, plain])
+def test_pickled_weights_beside_good_ones_are_not_read(door: Callable[[Any], Any], sharded: Path):
+    torch.save({name: tensor * 2 for name, tensor in tensors_of(sharded).items()}, sharded / "adapter_model.bin")
+    edit_json(sharded, "config.json", transformers_weights="adapter_model.bin")  # the one pickle that it may name
+    with Watch(sharded / "adapter_model.bin") as watch:
+        with pytest.raises(CheckpointError):
+            door(str(sharded))
+        assert not watch.opened()
+
+
+def test_a_hidden_shard_that_is_a_link_out_of_the_folder_is_refused_and_not_followed(sharded: Path):
+    target = Path(shutil.move(sharded / SHARD, sharded.parent / "outside.safetensors"))
+    (sharded / ".shard.safetensors").symlink_to(target)
+    (sharded / INDEX).write_text((sharded / INDEX).read_text().replace(SHARD, ".shard.safetensors"))
+    (sharded / MANIFEST).unlink()  # which would lack it
+    with Watch(target) as watch:
+        for door in (load, plain, inspect_checkpoint):
+            with pytest.raises(CheckpointError, match="link or path out of the folder"):
+                door(str(sharded))
+        assert not watch.opened()
+
+
 def no_tokenizer_file(folder: Path) -> Path:
     """Move a tokenizer out of its folder, under a name that transformers looks for."""
     return Path(shutil.move(folder / "tokenizer.json", folder.parent / "tokenizer.4.0.0.json"))
@@ -989,6 +1011,17 @@ def test_weights_of_another_kind_are_refused_or_computed_with(dtype: torch.dtype
         except WinaError:
             continue
         torch.testing.assert_close(logits_of(model), same_values, rtol=0, atol=1e-5)
+
+
+def test_a_grid_of_more_points_than_a_curve_needs_is_refused(single: Path):
+    curve = torch.linspace(0, 1, 1001)
+    edit_tensors(
+        single,
+        lambda stored: stored.update({name: curve.clone() for name in stored if name.endswith(".thresholds")}),
+    )
+    edit_block(single, grid=[k / 1000 for k in range(1001)])
+    write_manifest(single)
+    all_refuse(single, "grid")
 
 
 # --- what is shown ---
