@@ -121,7 +121,7 @@ def staged(out: Path, identity: Mapping[str, Any], resume: bool, keep: bool, ove
     finally:
         if lock.is_locked:
             if not kept:
-                shutil.rmtree(folder, ignore_errors=True)
+                _discard(folder)
             with suppress(OSError):
                 Path(lock.lock_file).unlink(missing_ok=True)  # before the release: afterwards it may be another's
             lock.release()
@@ -164,9 +164,16 @@ def _begin(out: Path, folder: Path, identity: Mapping[str, Any], resume: bool, o
                 "--overwrite to start anew"
             )
         return snapshot
-    shutil.rmtree(folder, ignore_errors=True)
+    _discard(folder)
     folder.mkdir()
     return None
+
+
+def _discard(folder: Path) -> None:
+    """Remove an unfinished conversion, first what says that there is something to resume."""
+    with suppress(OSError):
+        (folder / SNAPSHOT).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read_snapshot(path: Path) -> tuple[dict[str, Any], Snapshot]:
