@@ -575,7 +575,11 @@ def own_code(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> t
     monkeypatch.setattr(sys, "path", [*sys.path])
     marker = tmp_path / "marker"
     code = f"from pathlib import Path\nPath({str(marker)!r}).write_text('ran')\n"
-    classes = "from transformers import LlamaConfig as OwnConfig, LlamaForCausalLM as Own\n"
+    classes = (  # not transformers' own: it would remember for good that they are code of a folder
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig): pass\n"
+        "class Own(LlamaForCausalLM): config_class = OwnConfig\n"
+    )
     for name in ("own.py", "modeling_llama.py", "tokenization_own.py", "custom_generate/generate.py"):
         (single / name).parent.mkdir(exist_ok=True)
         (single / name).write_text(code + classes + "def generate(*args, **kwargs): pass\n")

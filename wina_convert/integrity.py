@@ -66,6 +66,10 @@ def verify_folder(folder: str | Path, progress: Progress = silent) -> int:
                 raise VerificationError(f"{folder / name} was changed since the conversion; get it again")
             advance(int(entry["size"]))
     checkpoint = open_checkpoint(folder)
+    try:
+        checkpoint.stream(torch.device("cpu"))  # every parameter of the model has a tensor of its shape
+    except SourceError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
     keys = checkpoint.gated_keys()
     with progress("Verifying tensors", len(keys), "projection") as advance:
         for key in keys.values():
@@ -99,7 +103,10 @@ def thresholds(checkpoint: Checkpoint) -> dict[str, float]:
 
 def _check_norms(checkpoint: Checkpoint, key: str) -> None:
     stored = dict(checkpoint.read([f"{key}.weight_t", f"{key}.column_norms"]))
-    if not torch.allclose(stored[f"{key}.column_norms"], column_norms(stored[f"{key}.weight_t"]), ROUNDING, atol=0):
+    norms = stored[f"{key}.column_norms"]
+    if not (
+        norms.isfinite().all() and torch.allclose(norms, column_norms(stored[f"{key}.weight_t"]), ROUNDING, atol=0)
+    ):
         raise VerificationError(f"{key}.column_norms are not those of its weights; convert again")
 
 

@@ -25,9 +25,7 @@ def retarget(folder: str | Path, sparsity: float) -> None:
     sparsity = check_sparsity(sparsity)
     checkpoint = open_checkpoint(folder)
     replace(checkpoint.config, sparsity=sparsity)  # checks it against the grid
-    head, mark, block = checkpoint.source.config_text.partition('"quantization_config"')
-    block = re.sub(r'("sparsity"\s*:\s*)[^,\s}]+', rf"\g<1>{json.dumps(sparsity)}", block, count=1)
-    content = (head + mark + block).encode()
+    content = _retargeted(checkpoint.source.config_text, sparsity).encode()
     manifest = Path(folder) / MANIFEST
     if not manifest.exists():  # another program saved the checkpoint
         write(Path(folder) / CONFIG, content)
@@ -39,6 +37,18 @@ def retarget(folder: str | Path, sparsity: float) -> None:
     except CheckpointError:
         write(manifest, before)
         raise
+
+
+def _retargeted(text: str, sparsity: float) -> str:
+    """config.json with another default sparsity; its formatting stays where the number can be found in it."""
+    fields = json.loads(text)
+    fields["quantization_config"]["sparsity"] = sparsity
+    head, mark, block = text.partition('"quantization_config"')
+    changed = head + mark + re.sub(r'("sparsity"\s*:\s*)[^,\s}]+', rf"\g<1>{json.dumps(sparsity)}", block, count=1)
+    with suppress(ValueError):
+        if json.loads(changed) == fields:
+            return changed
+    return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
 
 
 def write(path: Path, content: bytes) -> None:

@@ -275,6 +275,9 @@ def sidecars(folder: Path) -> list[Path]:
     """The files that accompany the weights, relative to the folder: tokenizer, templates, generation config, licence ...
 
     Not the weights in any format, config.json and README.md (both rewritten), and hidden files.
+
+    Raises:
+        SourceError: a name is not printable Unicode: it could not be written into the manifest, or not be shown.
     """
     ours = {CONFIG, "README.md", "wina_report.json", "wina_manifest.json"}
     weights = (*OTHER_WEIGHTS, "*.safetensors", "*.index.json")
@@ -283,5 +286,7 @@ def sidecars(folder: Path) -> list[Path]:
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
         if path.is_file() and not hidden and str(relative) not in ours and not any(relative.match(p) for p in weights):
+            if not str(relative).isprintable():
+                raise SourceError(f"{str(relative)!r} in {folder} is no name for a file of a checkpoint; rename it")
             found.append(relative)
     return found
