@@ -1,6 +1,7 @@
 """What goes wrong on purpose: calls that fail, and disks that are small."""
 
 import pkgutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,26 @@ def before_call(function: Callable[..., Any], number: int, act: Callable[..., ob
 def patch_call(patched: pytest.MonkeyPatch, place: str, number: int, act: Callable[..., object]) -> None:
     """Have something done right before the n-th call of a function, which is named by its dotted path."""
     patched.setattr(place, before_call(pkgutil.resolve_name(place), number, act))
+
+
+class Hung(BaseException):
+    """No Exception, so that nothing on the way takes it for an error of its own."""
+
+
+@contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """Raise Hung where the block takes longer."""
+
+    def stop(*args: object) -> None:
+        raise Hung
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager

@@ -25,14 +25,12 @@ import math
 import os
 import random
 import resource
-import signal
 import sys
 import time
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,6 +40,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from breaking import Hung, within
 from commands import run_wina
 from families import make_model
 from folders import threshold_of
@@ -119,10 +118,6 @@ FIELDS += ["weight_map", "metadata", "files", "verification", "thresholds", "__m
 DTYPES = ["F32", "BF16", "F16", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "U32", "C64", "f32", ""]
 
 Files = dict[str, bytes]
-
-
-class Hung(BaseException):
-    """No Exception, so that nothing on the way takes it for an error of its own."""
 
 
 class CaseError(AssertionError):
@@ -442,22 +437,6 @@ def make_bench(folder: Path) -> Bench:
     return Bench(folder / "out", files, forward(load(str(folder / "out"))))
 
 
-@contextmanager
-def limits() -> Iterator[None]:
-    """Raise Hung after SECONDS."""
-
-    def stop(*args: object) -> None:
-        raise Hung
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def forward(model: Any) -> Tensor:
     with torch.no_grad():
         return model(TOKENS, return_dict=True).logits.float()
@@ -471,7 +450,7 @@ def attempt(door: str, read: Callable[[], Any]) -> Any:
     """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
-        with limits():
+        with within(SECONDS):
             result = read()
     except WinaError as error:
         cause: BaseException | None = error

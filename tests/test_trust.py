@@ -4,19 +4,18 @@ import ctypes
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 from base64 import b64encode
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from breaking import failing
+from breaking import failing, within
 from commands import contents, refused, run, run_wina, succeeded
 from families import make_model
 from folders import tensors_of
@@ -66,12 +65,12 @@ def all_refuse(folder: Path, *words: str) -> None:
     """Every reader refuses a folder with these words, at once, and changes nothing."""
     before = links(folder)
     for name, read in READERS.items():
-        with at_once(), pytest.raises(WinaError) as raised:
+        with within(HANG), pytest.raises(WinaError) as raised:
             read(folder)
         for word in words:
             assert word in str(raised.value), f"{name}: {word!r} is not in {str(raised.value)!r}"
     for name in COMMANDS:
-        with at_once():
+        with within(HANG):
             refused(command(name, folder), *words)
     assert links(folder) == before
 
@@ -82,24 +81,6 @@ def links(folder: Path) -> dict[str, str]:
         str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else str(os.lstat(path)[:9:2])
         for path in sorted(folder.rglob("*"))
     }
-
-
-class Hung(BaseException):
-    """No Exception, so that nothing on the way takes it for an error of its own."""
-
-
-@contextmanager
-def at_once() -> Iterator[None]:
-    def stop(*args: object) -> None:
-        raise Hung
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(HANG)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 class Watch:
@@ -340,7 +321,7 @@ def test_retarget_does_not_write_through_a_link(name: str, single: Path, tmp_pat
 @pytest.mark.parametrize("name", [".config.json.new", f".{MANIFEST}.new"])
 def test_retarget_does_not_wait_for_a_pipe(name: str, single: Path):
     os.mkfifo(single / name)
-    with at_once():
+    with within(HANG):
         result = run_wina("retarget", single, "--sparsity", "0.25")
     assert result.exit_code == 0 or refused(result)
 
@@ -358,7 +339,7 @@ def test_a_pipe_does_not_hold_up_a_reader(name: str, sharded: Path):
 def test_a_pipe_does_not_hold_up_plain_transformers(sharded: Path):
     (sharded / "tokenizer.json").unlink()
     os.mkfifo(sharded / "tokenizer.json")
-    with at_once(), pytest.raises(CheckpointError, match=r"'tokenizer\.json' is neither a file nor a folder"):
+    with within(HANG), pytest.raises(CheckpointError, match=r"'tokenizer\.json' is neither a file nor a folder"):
         plain(sharded)
 
 
@@ -1209,7 +1190,7 @@ def test_a_size_in_the_manifest_does_not_stop_the_bar_of_a_terminal(single: Path
 )
 def test_a_generation_config_of_a_stranger_is_refused_or_does_no_harm(fields: dict[str, Any], single: Path):
     edit_json(single, "generation_config.json", **fields)
-    with at_once():
+    with within(HANG):
         result = command("wina generate", single)
     assert result.exit_code == 0 or refused(result), repr(result.exception)
 
