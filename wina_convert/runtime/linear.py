@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from ..scoring import cutoffs, threshold_at
+from .rule import cutoffs, threshold_at
 from .kernels import dense_linear, gated_linear
 
 EXACT = ("column_norms", "thresholds", "tau")  # stay float32 when the model is cast

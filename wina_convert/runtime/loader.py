@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from ..config import INSTALL, WinaConfig, check_sparsity
+from ..format.config import INSTALL, WinaConfig, check_sparsity
 from ..errors import CheckpointError, SourceError, WinaError, one_line
 from .linear import DenseLinear, WinaLinear, gated_modules
 
@@ -129,8 +129,8 @@ def check_files(model: "PreTrainedModel", files: Sequence[str]) -> None:
         CheckpointError: the weights are pickled, the folder is damaged or leads out of itself, a tensor is missing or has
             another shape. New heads, such as a classifier's, need no tensor.
     """
-    from ..checkpoint import open_checkpoint  # both import transformers, which imports this module
-    from ..stream import check_parameters, checkpoint_keys
+    from ..format.checkpoint import open_checkpoint  # both import transformers, which imports this module
+    from ..models.stream import check_parameters, checkpoint_keys
 
     if pickled := [file for file in files if not file.endswith(".safetensors")]:
         raise CheckpointError(f"{pickled[0]} may run code when read; a WINA checkpoint is in safetensors: get it again")
@@ -209,7 +209,7 @@ def load(path: str, sparsity: float | None = None, prefill: str | None = None, *
     """
     from transformers import AutoModelForCausalLM  # here, because transformers imports this module
 
-    from ..checkpoint import open_checkpoint
+    from ..format.checkpoint import open_checkpoint
 
     chosen = WinaConfig(sparsity=sparsity, prefill=prefill)
     if chosen.get_loading_attributes():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ...scoring import dropped
+from ..rule import dropped
 from . import cpu, reference
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)

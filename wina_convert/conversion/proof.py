@@ -1,0 +1,127 @@
+"""Reads a written checkpoint back and proves that it does what the source does, before anybody sees it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..format.checkpoint import Checkpoint, dense_stream, open_checkpoint
+from ..errors import VerificationError
+from ..models.measure import Measurement, measure, overall
+from ..verbs.verify import thresholds
+from .plan import ConversionPlan
+from ..progress import Progress
+from ..format.shards import read_rows
+from ..models.source import Source
+from .weights import stored_tensors
+
+TOLERANCE = 0.05  # how far the achieved sparsity may be from the asked one, overall
+# Largest logit difference at sparsity 0, relative to the largest logit. The weights are the same bits; what remains is the
+# rounding of a product with the transposed weight, which accumulates over layers.
+PARITY = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+@dataclasses.dataclass(frozen=True)
+class VerificationReport:
+    """What was checked and measured.
+
+    Attributes:
+        tensors: tensors compared with the source, bit for bit.
+        thresholds: of every gated projection at the default sparsity.
+        parity: largest logit difference to the dense model at sparsity 0, relative to the largest logit.
+        held_out: the gated model at its default sparsity on calibration text that no threshold was fitted on.
+    """
+
+    tensors: int
+    thresholds: dict[str, float]
+    parity: float
+    held_out: Measurement
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+
+def verify(
+    source: Source,
+    plan: ConversionPlan,
+    folder: Path,
+    held_out: Tensor,
+    device: torch.device,
+    batch_size: int,
+    progress: Progress,
+) -> VerificationReport:
+    """Compare a written checkpoint with its source.
+
+    Args:
+        source: what was converted.
+        plan: how.
+        folder: the written checkpoint.
+        held_out: [N, S], token ids that calibration did not see.
+        device: to compute on.
+        batch_size: sequences at a time.
+        progress: how to report it.
+
+    Raises:
+        VerificationError: a tensor is missing, extra or different, the logits differ at sparsity 0, or the sparsity achieved
+            is not the one asked.
+    """
+    checkpoint = open_checkpoint(folder)
+    with progress("Verifying tensors", len(source.tensors), "tensor") as advance:
+        for key in source.tensors:
+            _check_tensor(source, plan, checkpoint, key)
+            advance(1)
+    expected = {spec.name: (spec.dtype, spec.shape) for spec in plan.tensors}
+    found = {spec.name: (spec.dtype, spec.shape) for spec in checkpoint.source.tensors.values()}
+    if expected != found:
+        name = min(name for name, _ in set(expected.items()) ^ set(found.items()))
+        raise VerificationError(f"tensor {name!r} was not written as planned; please report this")
+    at_default_sparsity = thresholds(checkpoint)
+    asked = checkpoint.config.sparsity or 0.0
+    gated, dense = checkpoint.stream(device), dense_stream(source, plan.dtype, device)
+    with progress("Verifying outputs", plan.n_layers * len(held_out) * 3, "sequence") as advance:
+        parity, at_default = measure(gated, held_out, (0.0, asked), dense, batch_size, same_head=True, advance=advance)
+    if parity.logit_error is None or not parity.logit_error <= PARITY[plan.dtype]:
+        raise VerificationError(
+            f"at sparsity 0 the logits differ from the dense model's by {parity.logit_error:.2g} of their scale; "
+            f"at most {PARITY[plan.dtype]} is rounding in {plan.dtype}; please report this"
+        )
+    # Inputs that are zero anyway (after a ReLU, say) are skipped at sparsity 0 already, and may be more than was asked.
+    weights = {projection.name: projection.weights for projection in plan.projections}
+    expected_sparsity = overall({name: max(asked, zeros) for name, zeros in parity.projections.items()}, weights)
+    if abs(at_default.achieved - expected_sparsity) > TOLERANCE:
+        raise VerificationError(
+            f"expected were {expected_sparsity:.1%} of sparsity and achieved {at_default.achieved:.1%} on held-out text; "
+            "calibrate on more text, or on text closer to the model's (--calibration, --samples)"
+        )
+    return VerificationReport(len(source.tensors), at_default_sparsity, parity.logit_error, at_default)
+
+
+def _check_tensor(source: Source, plan: ConversionPlan, checkpoint: Checkpoint, key: str) -> None:
+    """One tensor of the source against what was written for it, bit for bit."""
+    written = checkpoint.source.tensors
+    if f"{key}_t" in written:  # P.weight became P.weight_t and P.column_norms
+        for name, tensor in stored_tensors(source, plan, [key]).items():
+            read = dict(checkpoint.read([name]))[name]
+            if not _same(tensor, read):
+                raise VerificationError(f"tensor {name!r} reads back differently; the disk or memory may be faulty")
+        return
+    if key not in written:
+        raise VerificationError(f"tensor {key!r} of the source is missing from the checkpoint; please report this")
+    rows = zip(
+        read_rows(source.folder, source.tensors[key]), read_rows(checkpoint.source.folder, written[key]), strict=True
+    )
+    for original, read in rows:
+        if not _same(original.to(read.dtype), read):
+            raise VerificationError(f"tensor {key!r} reads back differently; the disk or memory may be faulty")
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal in dtype, shape and every bit."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
