@@ -15,8 +15,8 @@ from .errors import WinaError
 from .runtime.autoload import arm
 
 if TYPE_CHECKING:
-    from .format.config import WinaConfig
     from .conversion.pipeline import convert
+    from .format.config import WinaConfig
     from .runtime.install import set_sparsity
     from .runtime.loader import load
 

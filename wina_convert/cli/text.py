@@ -1,13 +1,13 @@
 """Reports and tables as text for a terminal; the command line prints them."""
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import printable
+from ..format.names import split_layer
 
 if TYPE_CHECKING:
-    from ..verbs.bench import Benchmark
+    from ..verbs.benchmark import Benchmark
 
 
 def report_text(report: dict[str, Any], out: str, seconds: float) -> str:
@@ -121,8 +121,9 @@ def by_layer(cells: dict[str, str]) -> list[list[str]]:
     """A row for each decoder layer and a column for each kind of projection, from module names to cells."""
     layers: dict[str, dict[str, str]] = {}
     for name, cell in cells.items():
-        _, layer, kind = re.split(r"\.(\d+)\.", name, maxsplit=1)
-        layers.setdefault(layer, {})[kind] = cell
+        place = split_layer(name)
+        if place is not None:
+            layers.setdefault(str(place[1]), {})[place[2]] = cell
     kinds = list(dict.fromkeys(kind for row in layers.values() for kind in row))
     header = ["layer", *(kind.rpartition(".")[2] for kind in kinds)]
     return [header, *([layer, *(row.get(kind, "-") for kind in kinds)] for layer, row in layers.items())]

@@ -5,9 +5,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..format.names import CARD
 from ..models.source import Source
-
-CARD = "README.md"
 
 TAGS = ("wina", "activation-sparsity")
 
@@ -65,7 +64,7 @@ sparsity on your text may differ from that on the calibration text. See `wina_re
 
 def source_metadata(source: Source) -> dict[str, Any]:
     """The metadata of the source's own card that carries over: licence, languages, tags."""
-    path = source.folder / CARD
+    path = source.path / CARD
     if not path.is_file():
         return {}
     try:

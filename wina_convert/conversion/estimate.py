@@ -6,11 +6,12 @@ from typing import Any
 import torch
 
 from ..fitting.calibrate import PILOT
-from .plan import ConversionPlan
-from ..runtime.kernels import gated_linear
-from ..models.source import Source, sidecars
-from ..models.text import HELD_OUT
 from ..fitting.thresholds import levels
+from ..format.folder import sidecars
+from ..models.source import Source
+from ..models.text import HELD_OUT
+from ..runtime.kernels import gated_linear
+from .plan import ConversionPlan
 
 # What a dry run assumes to tell the time; the products, most of the work on a large model, it measures.
 DISK_RATE = 5e8  # bytes a second
@@ -34,7 +35,7 @@ def shape_report(plan: ConversionPlan, sparsity: float) -> dict[str, Any]:
 def disk_bytes(source: Source, plan: ConversionPlan, sparsity: float, samples: int, length: int) -> int:
     """What a conversion needs: the checkpoint, the files beside it, and two snapshots of the hidden states for `resume`."""
     states = len(levels(sparsity)) * samples * length * plan.hidden_size * plan.dtype.itemsize
-    beside = sum((source.folder / path).stat().st_size for path in sidecars(source.folder))
+    beside = sum((source.path / path).stat().st_size for path in sidecars(source.path))
     return plan.disk_bytes + beside + 2 * states
 
 

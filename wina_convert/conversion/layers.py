@@ -6,18 +6,20 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from . import plot as pictures
 from ..fitting.calibrate import States, calibrate_layer
-from ..format.checkpoint import gated_stream
-from ..format.config import GRID, WinaConfig
-from .plan import ConversionPlan
+from ..fitting.thresholds import threshold_curve
+from ..format.config import WinaConfig
+from ..format.grid import GRID
+from ..format.names import THRESHOLDS
+from ..format.shard_writer import ShardWriter
+from ..format.shards import sentinel
+from ..models.source import Source
+from ..models.stream import gated_stream
 from ..progress import Progress
 from ..runtime.linear import gated_modules
-from ..runtime.loader import sentinel
-from ..format.shards import ShardWriter
-from ..models.source import Source
+from . import plot as pictures
+from .plan import ConversionPlan
 from .staging import Staging
-from ..fitting.thresholds import threshold_curve
 from .weights import stored_tensors
 
 
@@ -40,14 +42,14 @@ def write_layers(
     """
 
     def read(keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        for key in keys:
-            yield from stored_tensors(source, plan, [key]).items()
+        for key in dict.fromkeys(plan.origin[key] for key in keys):
+            yield from stored_tensors(source, plan.steps, [key]).items()
 
     model = gated_stream(source, config, plan.dtype, plan.tensors, read, device)
     keys_of = {projection.name: projection.key for projection in plan.projections}
     by_layer = [model.layer_keys(index) for index in range(plan.n_layers)]
-    inside = {key for keys in by_layer for key in keys}
-    outside = [key for key in source.tensors if key not in inside and f"{key}_t" not in inside]
+    inside = {plan.origin[key] for keys in by_layer for key in keys}
+    outside = [key for key in source.tensors if key not in inside]
     kept: dict[str, pictures.ScoreCurve] = {}
     sparsity = config.sparsity or 0.0
     shown = min(config.calibration["levels"], key=lambda level: abs(level - sparsity))
@@ -56,13 +58,14 @@ def write_layers(
     if staging.snapshot is None:
         with progress("Writing embeddings", sum(source.tensors[key].nbytes for key in outside), "B") as advance:
             for key in outside:
-                shards.write(stored_tensors(source, plan, [key]))
+                shards.write(stored_tensors(source, plan.steps, [key]))
                 advance(source.tensors[key].nbytes)
             shards.write({plan.sentinel: sentinel()})
         states = {level: list(embedded) for level in config.calibration["levels"]}
     else:
         done = staging.snapshot.layers
-        shards.skip({*outside, plan.sentinel, *(key for keys in by_layer[:done] for key in keys)})
+        written = {plan.origin[key] for keys in by_layer[:done] for key in keys} | {*outside}
+        shards.skip({plan.sentinel, *(name for name, key in plan.origin.items() if key in written)})
         states, kept = _restore(staging.snapshot.tensors, device)
     del embedded
     saved, cost = time.monotonic(), 0.0
@@ -70,23 +73,19 @@ def write_layers(
     with progress("Calibrating and writing layers", units, "sequence") as advance:
         advance(done * units // plan.n_layers)
         for index, keys in enumerate(by_layer[done:], done):
-            names = [
-                key.replace(".weight_t", ".weight")
-                for key in keys
-                if not key.endswith((".column_norms", ".thresholds"))
-            ]
-            tensors = stored_tensors(source, plan, names)
+            tensors = stored_tensors(source, plan.steps, dict.fromkeys(plan.origin[key] for key in keys))
             shards.write(tensors)
-            curves = {key: torch.zeros(len(GRID)) for key in keys if key.endswith(".thresholds")}
+            curves = {key: torch.zeros(len(GRID)) for key in keys if key.endswith(f".{THRESHOLDS}")}
             with model.layer(index, tensors | curves) as run:
                 gates = {name: gate for name, gate in gated_modules(model.model).items() if not gate.weight_t.is_meta}
-                histograms = calibrate_layer(run, gates, states, advance)
+                histograms = calibrate_layer(run, gates, plan.budget, states, advance)
                 for gate in gates.values():
-                    gate.tau = None
+                    gate.forget_threshold()
             for name, found in histograms.items():
-                shards.write({f"{keys_of[name]}.thresholds": threshold_curve(found, GRID)})
+                curve = threshold_curve(found, plan.budget, name, GRID)
+                shards.write({f"{keys_of[name]}.{THRESHOLDS}": curve})
                 if plot:
-                    kept[name] = pictures.score_curve(found[shown], sparsity)
+                    kept[name] = pictures.score_curve(found[shown], plan.budget.asked(name, sparsity))
             # A snapshot may take a second and a layer too: it may cost a twentieth of the time.
             now, last = time.monotonic(), index + 1 == plan.n_layers
             if last or now - saved >= 20 * cost:

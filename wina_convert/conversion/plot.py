@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import OptionError
 from ..fitting.histogram import ScoreHistogram
+from ..format.names import split_layer
 
 SPARSITY_PNG = "wina_sparsity.png"
 SCORES_PNG = "wina_scores.png"
@@ -112,9 +113,9 @@ def draw_scores(path: Path, sparsity: float, curves: Mapping[str, ScoreCurve]) -
 
 
 def _layer_and_kind(name: str) -> tuple[int, str]:
-    parts = name.split(".")
-    position = next(i for i, part in enumerate(parts) if part.isdigit())
-    return int(parts[position]), ".".join(parts[position + 1 :])
+    place = split_layer(name)
+    assert place is not None  # gated projections are in layers
+    return place[1], place[2]
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:

@@ -6,7 +6,6 @@ a lock that dies with it.
 
 import errno
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,10 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..format.checkpoint import REPORT
 from ..errors import CheckpointError, WinaError
-
-SNAPSHOT = ".snapshot.safetensors"
+from ..format.durable import replacing, sync
+from ..format.names import REPORT, SNAPSHOT
 
 
 @dataclass(frozen=True)
@@ -55,15 +53,13 @@ class Staging:
 
     def save(self, layers: int, tensors: Mapping[str, Tensor]) -> None:
         """Record that so many layers are finished; their weights are on the disk already."""
-        beside = self.folder / f"{SNAPSHOT}.new"
         metadata = {"layers": str(layers), "identity": json.dumps(self.identity)}
-        try:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata)
-        except SafetensorError as error:  # the library's only word for a full disk
-            code = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
-        _sync(beside)
-        beside.replace(self.folder / SNAPSHOT)
+        with replacing(self.folder / SNAPSHOT) as beside:
+            try:
+                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata)
+            except SafetensorError as error:  # the library's only word for a full disk
+                code = re.search(r"os error (\d+)", str(error))
+                raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
 
 
 def hidden(target: Path) -> Path:
@@ -212,7 +208,7 @@ def recover(target: Path) -> None:
 
 def _publish(folder: Path, target: Path) -> None:
     for path in (*folder.rglob("*"), folder):
-        _sync(path)
+        sync(path)
     # Until the folder has its name, a refusal of the system can be resumed from; afterwards it is to be the checkpoint alone.
     with suppress(FileNotFoundError):
         (folder / SNAPSHOT).rename(_beside(target, "snapshot"))
@@ -222,16 +218,7 @@ def _publish(folder: Path, target: Path) -> None:
         folder.rename(target)  # replaces an empty folder
     finally:
         recover(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    """Have a file or folder on the disk, not only on its way to it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target.parent)
 
 
 def unwritable(out: Path, error: OSError, kept: bool = False) -> CheckpointError:

@@ -9,13 +9,13 @@ those, makes the counts that the thresholds are solved from and the hidden state
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CalibrationError
+from ..runtime.linear import WinaLinear, observing
+from ..runtime.rule import scores
+from .budget import Budget
 from .histogram import ScoreHistogram
-from ..runtime.linear import WinaLinear
-from ..runtime.rule import cutoffs, scores
 
 PILOT = 8  # sequences of the first pass
 
@@ -24,13 +24,18 @@ Histograms = dict[float, ScoreHistogram]  # by level
 
 
 def calibrate_layer(
-    run: Callable[[Tensor], Tensor], gates: Mapping[str, WinaLinear], states: States, advance: Callable[[int], object]
+    run: Callable[[Tensor], Tensor],
+    gates: Mapping[str, WinaLinear],
+    budget: Budget,
+    states: States,
+    advance: Callable[[int], object],
 ) -> dict[str, Histograms]:
     """Count the scores of a layer's gated projections and move the hidden states through it, in place.
 
     Args:
         run: the loaded layer, [B, S, hidden] -> [B, S, hidden].
         gates: its gated projections by name, with weights and column norms.
+        budget: the sparsity asked of each of them at a level.
         states: the hidden states before the layer, for each level; afterwards, those behind it.
         advance: told the number of sequences done.
 
@@ -43,13 +48,12 @@ def calibrate_layer(
     found: dict[str, Histograms] = {name: {} for name in gates}
     for level, batches in states.items():
         for gate in gates.values():
-            gate.tau = cutoffs(torch.zeros((), device=gate.column_norms.device), gate.column_norms)
+            gate.set_threshold(0.0)
         with _counting(gates) as provisional:
             for batch in _pilot(batches):
                 run(batch)
         for name, gate in gates.items():
-            threshold = torch.tensor(provisional[name].quantile(level), device=gate.column_norms.device)
-            gate.tau = cutoffs(threshold, gate.column_norms)
+            gate.set_threshold(provisional[name].quantile(budget.asked(name, level)))
         with _counting(gates) as counts:
             for number, batch in enumerate(batches):
                 batches[number] = run(batch)
@@ -73,22 +77,14 @@ def _counting(gates: Mapping[str, WinaLinear]) -> Iterator[dict[str, ScoreHistog
     """Count the scores of everything that enters the projections meanwhile."""
     counts = {name: ScoreHistogram(gate.column_norms.device) for name, gate in gates.items()}
 
-    def observe(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            assert isinstance(module, WinaLinear)
-            try:
-                for row in inputs[0]:  # one sequence at a time bounds the temporaries
-                    counts[name].add(scores(row, module.column_norms))
-            except CalibrationError as error:
-                raise CalibrationError(
-                    f"{error} in the input of {name}: the model overflows in this dtype; try --dtype float32"
-                ) from error
+    def count(name: str, gate: WinaLinear, x: Tensor) -> None:
+        try:
+            for row in x:  # one sequence at a time bounds the temporaries
+                counts[name].add(scores(row, gate.column_norms))
+        except CalibrationError as error:
+            raise CalibrationError(
+                f"{error} in the input of {name}: the model overflows in this dtype; try --dtype float32"
+            ) from error
 
-        return hook
-
-    handles = [gate.register_forward_pre_hook(observe(name)) for name, gate in gates.items()]
-    try:
+    with observing(gates, count):
         yield counts
-    finally:
-        for handle in handles:
-            handle.remove()

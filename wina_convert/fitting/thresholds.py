@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .budget import Budget
 from .histogram import ScoreHistogram
 
 LEVELS = (0.25, 0.5, 0.75)
@@ -20,13 +21,17 @@ def levels(sparsity: float) -> tuple[float, ...]:
     return tuple(sorted({*others, sparsity} if sparsity else others))
 
 
-def threshold_curve(histograms: Mapping[float, ScoreHistogram], grid: Sequence[float]) -> Tensor:
-    """Threshold at every sparsity of the grid.
+def threshold_curve(
+    histograms: Mapping[float, ScoreHistogram], budget: Budget, projection: str, grid: Sequence[float]
+) -> Tensor:
+    """Threshold of a projection at every sparsity of the grid.
 
     A point between two levels is solved in both histograms and interpolated; beyond the outer levels, the nearest counts.
 
     Args:
         histograms: of this projection's scores, by level.
+        budget: the sparsity asked of it at a level.
+        projection: its name.
         grid: ascending sparsities, the first 0.
 
     Returns:
@@ -38,6 +43,7 @@ def threshold_curve(histograms: Mapping[float, ScoreHistogram], grid: Sequence[f
         below = max((level for level in points if level <= sparsity), default=points[0])
         above = min((level for level in points if level >= sparsity), default=points[-1])
         weight = (sparsity - below) / (above - below) if above > below else 0.0
-        low, high = histograms[below].quantile(sparsity), histograms[above].quantile(sparsity)
+        asked = budget.asked(projection, sparsity)
+        low, high = histograms[below].quantile(asked), histograms[above].quantile(asked)
         curve.append(low + weight * (high - low) if sparsity else 0.0)
     return torch.tensor(curve, dtype=torch.float64).cummax(0).values.float()

@@ -8,23 +8,10 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError, OptionError
+from .grid import GRID, check_sparsity
 
 FORMAT_VERSION = 1
-MAX_SPARSITY = 0.95
-GRID = tuple(round(0.05 * k, 2) for k in range(20))  # 0, 0.05, ..., 0.95
 PREFILL = ("gated", "dense")
-INSTALL = "pip install wina-convert"
-
-
-def check_sparsity(sparsity: float) -> float:
-    """The sparsity as a float.
-
-    Raises:
-        OptionError: it is not a number within [0, 0.95].
-    """
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity <= MAX_SPARSITY:
-        raise OptionError(f"sparsity is {sparsity!r}; give a fraction between 0 and {MAX_SPARSITY}, for example 0.5")
-    return float(sparsity)
 
 
 @dataclass

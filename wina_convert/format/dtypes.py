@@ -3,12 +3,12 @@
 import torch
 
 from ..errors import OptionError, SourceError
-from ..models.source import Source
+from .folder import Folder
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def compute_dtype(source: Source, dtype: str = "auto") -> torch.dtype:
+def compute_dtype(folder: Folder, dtype: str = "auto") -> torch.dtype:
     """The dtype that config.json names, or that of the largest tensor; or the chosen one.
 
     Raises:
@@ -16,11 +16,11 @@ def compute_dtype(source: Source, dtype: str = "auto") -> torch.dtype:
         SourceError: the source's is not supported.
     """
     if dtype == "auto":
-        named = source.config.get("dtype") or source.config.get("torch_dtype")
-        floating = [spec for spec in source.tensors.values() if spec.dtype.is_floating_point]
+        named = folder.config.get("dtype") or folder.config.get("torch_dtype")
+        floating = [spec for spec in folder.tensors.values() if spec.dtype.is_floating_point]
         compute = FLOATS.get(str(named), max(floating, key=lambda spec: spec.numel).dtype)
         if compute not in FLOATS.values():
-            raise SourceError(f"{source.name} is in {compute}; pass --dtype float32, bfloat16 or float16")
+            raise SourceError(f"{folder.name} is in {compute}; pass --dtype float32, bfloat16 or float16")
         return compute
     check_dtype(dtype)
     return FLOATS[dtype]

@@ -1,25 +1,17 @@
-"""How a gated model compares with the dense one on text: perplexity, KL, agreement, achieved sparsity; layer by layer."""
+"""A gated model on text, beside the dense one: perplexity, KL, agreement, achieved sparsity; layer by layer."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..format.checkpoint import dense_stream, open_checkpoint
-from ..format.config import check_sparsity
-from ..format.dtypes import compute_dtype
-from ..errors import OptionError, SourceError
-from ..progress import Advance, Progress, silent
-from ..runtime.linear import WinaLinear, gated_modules
+from ..progress import Advance
+from ..runtime.linear import WinaLinear, gated_modules, observing
 from ..runtime.rule import dropped
-from .source import open_source
 from .stream import StreamedModel
-from .text import load_tokenizer, read_documents, sequence_length, sequences
 
 POSITIONS = 64  # logits at a time: [64, vocabulary] in float32, a few times over, is what the head needs in memory
 
@@ -87,10 +79,10 @@ def measure(
             for sparsity, hidden in states.items():
                 for gate in gates.values():
                     gate.set_sparsity(sparsity)
-                with _counting_skipped(gates, skipped[sparsity]):
+                with observing(gates, _counter(skipped[sparsity])):
                     _advance_states(run, hidden, advance)
             for gate in gates.values():
-                gate.tau = None
+                gate.forget_threshold()
     with gated.head() as head, dense.head() if dense and not same_head else nullcontext(head) as dense_head:
         sums = {sparsity: _Sums() for sparsity in sparsities}
         for number, batch in enumerate(batches):
@@ -111,63 +103,6 @@ def measure(
     ]
 
 
-def evaluate(
-    folder: str | Path,
-    texts: Sequence[str],
-    sparsities: Sequence[float] = (),
-    source: str | None = None,
-    samples: int = 64,
-    seq_len: int | None = None,
-    batch_size: int = 1,
-    device: torch.device | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    progress: Progress = silent,
-) -> list[Measurement]:
-    """Measure a WINA checkpoint on text.
-
-    Args:
-        folder: the checkpoint.
-        texts: files or dataset names, see `text.read_documents`.
-        sparsities: fractions to skip; none: the checkpoint's default.
-        source: the dense model, local or on the Hub, to compare with.
-        samples: sequences to use, spread evenly over the text.
-        seq_len: tokens of a sequence; None: 512, or the model's context where that is shorter.
-        batch_size: sequences computed at a time.
-        device: to compute on; None: the CPU.
-        revision: of the source.
-        token: Hub access token.
-        progress: how to report progress.
-
-    Raises:
-        WinaError: the checkpoint, the text or the source cannot be used.
-    """
-    if samples < 1 or batch_size < 1:
-        raise OptionError(f"samples is {samples} and batch size is {batch_size}; both must be at least 1")
-    device = device or torch.device("cpu")
-    checkpoint = open_checkpoint(folder)
-    asked = [check_sparsity(sparsity) for sparsity in sparsities] or [checkpoint.config.sparsity or 0.0]
-    length = sequence_length(checkpoint.source, seq_len)
-    documents = chain.from_iterable(read_documents(text) for text in texts)
-    packed = sequences(documents, load_tokenizer(checkpoint.source), length, samples, ", ".join(texts))
-    tokens = packed[torch.linspace(0, len(packed) - 1, min(samples, len(packed))).long()]
-    dense = None
-    if source is not None:
-        original = open_source(source, revision, token)
-        dense = dense_stream(original, compute_dtype(original), device)
-    gated = checkpoint.stream(device)
-    if dense is not None and _shape(dense) != _shape(gated):
-        raise SourceError(f"{source} is not the model that {folder} was made from; give that one as the source")
-    steps = len(gated.layers) * len(tokens) * (len(asked) + (dense is not None))
-    with progress("Evaluating", steps, "sequence") as advance:
-        return measure(gated, tokens, asked, dense, batch_size, advance=advance)
-
-
-def _shape(model: StreamedModel) -> tuple[int, torch.Size]:
-    embedding = next(model.model.get_input_embeddings().parameters())
-    return len(model.layers), embedding.shape
-
-
 def overall(fractions: Mapping[str, float], weights: Mapping[str, int]) -> float:
     """Mean of a fraction over projections, each counted by its weights."""
     return sum(fractions[name] * weights[name] for name in fractions) / sum(weights[name] for name in fractions)
@@ -179,22 +114,12 @@ def _advance_states(run: Callable[[Tensor], Tensor], states: list[Tensor], advan
         advance(len(hidden))
 
 
-@contextmanager
-def _counting_skipped(gates: Mapping[str, WinaLinear], skipped: dict[str, int]) -> Iterator[None]:
-    def observe(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            assert isinstance(module, WinaLinear)
-            assert module.tau is not None
-            skipped[name] += int(dropped(inputs[0], module.tau).sum())
+def _counter(skipped: dict[str, int]) -> Callable[[str, WinaLinear, Tensor], None]:
+    def count(name: str, gate: WinaLinear, x: Tensor) -> None:
+        assert gate.tau is not None
+        skipped[name] += int(dropped(x, gate.tau).sum())
 
-        return hook
-
-    handles = [gate.register_forward_pre_hook(observe(name)) for name, gate in gates.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return count
 
 
 class _Sums:

@@ -12,89 +12,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..errors import SourceError, one_line
+from ..format.checkpoint import Checkpoint
+from ..format.config import WinaConfig
+from ..format.dtypes import compute_dtype
+from ..format.folder import Folder
 from ..format.shards import TensorSpec
-from .source import Source
 from ..format.trust import MAX_LAYERS
+from ..runtime.install import install
+from ..runtime.keys import check_parameters, checkpoint_keys, tied
+from .source import Source
 
 # Loads the tensors of these checkpoint keys: (key, tensor) pairs on the CPU.
 Reader = Callable[[Iterable[str]], Iterable[tuple[str, Tensor]]]
 
 
-def build_skeleton(source: Source, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a source on the meta device, to compute in `dtype`.
+def build_skeleton(folder: Folder, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a folder's config on the meta device, to compute in `dtype`.
 
     Raises:
         SourceError: transformers cannot build a model from the config.
     """
+    trusted = isinstance(folder, Source) and folder.trust_remote_code
     try:
-        if source.trust_remote_code and "auto_map" in source.config:
-            place = source.folder if source.folder.is_absolute() or source.revision is None else source.name
-            config = AutoConfig.from_pretrained(place, revision=source.revision, trust_remote_code=True)
+        if trusted and "auto_map" in folder.config:
+            revision = folder.revision if isinstance(folder, Source) else None
+            place = folder.path if folder.path.is_absolute() or revision is None else folder.name
+            config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=True)
         else:
-            config = CONFIG_MAPPING[source.config["model_type"]].from_dict(source.config)
+            config = CONFIG_MAPPING[folder.config["model_type"]].from_dict(folder.config)
         if config.get_text_config().num_hidden_layers > MAX_LAYERS:
             raise ValueError(f"{config.get_text_config().num_hidden_layers} layers")
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=source.trust_remote_code
-            )
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
     except Exception as error:  # whatever transformers makes of a strange config
-        raise SourceError(f"transformers cannot build {source.name} from its config.json: {one_line(error)}") from error
+        raise SourceError(f"transformers cannot build {folder.name} from its config.json: {one_line(error)}") from error
     model.train(False)
     return model
-
-
-def checkpoint_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """Which checkpoint key holds each parameter or buffer of the model, by transformers' own renaming rules."""
-    state = model.state_dict()
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    found = {rename_source_key(key, renamings, converters, model.base_model_prefix, state)[0]: key for key in keys}
-    return {name: found[name] for name in state if name in found}
-
-
-def tied(model: PreTrainedModel, keys: Mapping[str, str]) -> dict[str, str]:
-    """Tied parameters of which the checkpoint stores one: the stored name -> the other. Stored both, they stay apart."""
-    aliases = {}
-    for target, origin in model.all_tied_weights_keys.items():
-        if (target in keys) != (origin in keys):
-            stored, other = (target, origin) if target in keys else (origin, target)
-            aliases[stored] = other
-    return aliases
-
-
-def check_parameters(
-    model: PreTrainedModel, keys: Mapping[str, str], specs: Mapping[str, TensorSpec], new: Iterable[str] = ()
-) -> None:
-    """Hold a model on the meta device against the headers of its checkpoint, before any memory is taken.
-
-    Args:
-        model: the model.
-        keys: checkpoint key of each parameter.
-        specs: the stored tensors by key.
-        new: parameters that need not be stored.
-
-    Raises:
-        SourceError: a tensor is missing or has another shape.
-    """
-    known = {*keys, *tied(model, keys).values(), *new}
-    state = model.state_dict()
-    missing = [name for name in state if name not in known]
-    if missing:
-        raise SourceError(f"the checkpoint has no tensor {missing[0]} ({len(missing)} missing in all); get it again")
-    for name, key in keys.items():
-        if specs[key].shape != tuple(state[name].shape):
-            raise SourceError(
-                f"tensor {key!r} has shape {specs[key].shape} where config.json asks for {tuple(state[name].shape)}; "
-                "the two do not belong together"
-            )
-        if state[name].is_floating_point() and not specs[key].dtype.is_floating_point:
-            raise SourceError(f"tensor {key!r} is {specs[key].dtype}, where the model has floating-point numbers")
 
 
 class StreamedModel:
@@ -240,6 +195,42 @@ class StreamedModel:
         finally:
             for layer in self.layers:
                 del layer.forward
+
+
+def gated_stream(
+    folder: Folder,
+    config: WinaConfig,
+    dtype: torch.dtype,
+    tensors: Iterable[TensorSpec],
+    read: Reader,
+    device: torch.device,
+) -> StreamedModel:
+    """The model of a source's config with gated projections installed, to be fed from a checkpoint's tensors."""
+    model = build_skeleton(folder, dtype)
+    install(model, config)
+    specs = {spec.name: spec for spec in tensors}
+    return StreamedModel(model, folder.architecture.layers, checkpoint_keys(model, specs), specs, read, device)
+
+
+def dense_stream(source: Folder, dtype: torch.dtype, device: torch.device) -> StreamedModel:
+    """The source as it is, computed in `dtype`."""
+    model = build_skeleton(source, dtype)
+    return StreamedModel(
+        model,
+        source.architecture.layers,
+        checkpoint_keys(model, source.tensors),
+        source.tensors,
+        source.read,
+        device,
+    )
+
+
+def checkpoint_stream(checkpoint: Checkpoint, device: torch.device) -> StreamedModel:
+    """A WINA checkpoint's model, with its thresholds."""
+    folder = checkpoint.folder
+    return gated_stream(
+        folder, checkpoint.config, compute_dtype(folder), folder.tensors.values(), checkpoint.read, device
+    )
 
 
 def _get(model: nn.Module, name: str) -> Tensor:

@@ -1,27 +1,12 @@
-"""The rule: which inputs of a projection are kept for a token. Calibration and inference both call it.
+"""The rule: which inputs of a projection are kept for a token, and what a token reads. Calibration and inference call it.
 
 WINA (arXiv 2505.19427, section 3) scores input j of y = W x with |x_j| * ||W[:, j]||_2. An input is dropped when its score
 is at most the projection's threshold t, so ties are dropped and t = 0 changes nothing. The comparison made is
 |x_j| <= t / ||W[:, j]||_2, in float32, with the right side computed once when the model is loaded.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
-
-
-def column_norms(weight_t: Tensor) -> Tensor:
-    """L2 norm of every column of W, from its contiguous transpose.
-
-    Args:
-        weight_t: [in, out], any floating dtype, contiguous. Another memory order would sum in another order.
-
-    Returns:
-        [in], float32, accumulated in float32.
-    """
-    norms: Tensor = torch.linalg.vector_norm(weight_t, dim=1, dtype=torch.float32)
-    return norms
 
 
 def scores(x: Tensor, norms: Tensor) -> Tensor:
@@ -70,19 +55,12 @@ def gate(x: Tensor, tau: Tensor) -> Tensor:
     return torch.where(dropped(x, tau), torch.zeros((), dtype=x.dtype, device=x.device), x)
 
 
-def threshold_at(curve: Tensor, grid: Sequence[float], sparsity: float) -> Tensor:
-    """The threshold for a sparsity, linear between the points of the stored curve.
+def bytes_read(nbytes: int, in_features: int, skipped: float) -> int:
+    """Bytes that a token reads of a gated projection: the rows of the weight that are kept, and the cutoffs.
 
     Args:
-        curve: [K], float32, thresholds at the sparsities of `grid`.
-        grid: K ascending sparsities (fraction skipped).
-        sparsity: within [grid[0], grid[-1]].
-
-    Returns:
-        scalar, float32.
+        nbytes: of the whole weight.
+        in_features: its inputs; a cutoff is a float32 each.
+        skipped: fraction of the inputs that are skipped.
     """
-    right = next(k for k, point in enumerate(grid) if sparsity <= point)
-    left = max(right - 1, 0)
-    span = grid[right] - grid[left]
-    weight = (sparsity - grid[left]) / span if span else 0.0
-    return torch.lerp(curve[left], curve[right], weight)
+    return round(nbytes * (1 - skipped)) + 4 * in_features

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import CheckpointError, OptionError, one_line
 from ..format.checkpoint import open_checkpoint
 from ..format.dtypes import check_dtype
-from ..errors import CheckpointError, OptionError, one_line
-from ..runtime.loader import load
 from ..models.text import load_tokenizer
+from ..runtime.loader import load
 
 
 @dataclass
@@ -70,7 +70,7 @@ def generate(
         raise OptionError(
             f"max new tokens is {max_new_tokens} and temperature is {temperature}; give at least 1 and at least 0"
         )
-    tokenizer = load_tokenizer(open_checkpoint(folder).source)
+    tokenizer = load_tokenizer(open_checkpoint(folder).folder)
     model = load(folder, sparsity=sparsity, dtype=dtype).to(device)
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     if not inputs["input_ids"].numel():

@@ -5,9 +5,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..format.checkpoint import REPORT, open_checkpoint
+from ..format.checkpoint import open_checkpoint
+from ..format.curve import threshold_at
+from ..format.names import REPORT, WEIGHT_T, split_layer
 from ..models.measure import overall
-from ..runtime.rule import threshold_at
+from ..runtime.rule import bytes_read
 
 
 @dataclass(frozen=True)
@@ -59,18 +61,20 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         CheckpointError: it is not a WINA checkpoint.
     """
     checkpoint = open_checkpoint(folder)
-    config, specs = checkpoint.config, checkpoint.source.tensors
+    config, specs = checkpoint.config, checkpoint.folder.tensors
     sparsity = config.sparsity or 0.0
     keys = checkpoint.gated_keys()
     held_out = _held_out(Path(folder), keys)
-    curves = dict(checkpoint.read(f"{key}.thresholds" for key in keys.values()))
-    path = checkpoint.source.architecture.layers
-    by_layer: dict[int, list[str]] = {}
+    curves = checkpoint.curves()
+    by_layer: dict[int, dict[str, str]] = {}  # names by kind
     for name in keys:
-        by_layer.setdefault(int(name.removeprefix(f"{path}.").split(".")[0]), []).append(name)
+        place = split_layer(name)
+        assert place is not None  # an opened checkpoint gates projections of layers only
+        by_layer.setdefault(place[1], {})[place[2]] = name
     layers = []
-    for layer, names in sorted(by_layer.items()):
-        weights = {name: specs[f"{keys[name]}.weight_t"] for name in names}
+    for layer, kinds in sorted(by_layer.items()):
+        names = list(kinds.values())
+        weights = {name: specs[f"{keys[name]}.{WEIGHT_T}"] for name in names}
         achieved = None
         if held_out:
             achieved = overall(
@@ -81,13 +85,10 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
                 layer=layer,
                 nbytes=sum(spec.nbytes for spec in weights.values()),
                 thresholds={
-                    name.removeprefix(f"{path}.{layer}."): float(
-                        threshold_at(curves[f"{keys[name]}.thresholds"], config.grid, sparsity)
-                    )
-                    for name in names
+                    kind: float(threshold_at(curves[name], config.grid, sparsity)) for kind, name in kinds.items()
                 },
                 achieved=achieved,
-                bytes_per_token=sum(round(s.nbytes * (1 - sparsity)) + 4 * s.shape[0] for s in weights.values()),
+                bytes_per_token=sum(bytes_read(s.nbytes, s.shape[0], sparsity) for s in weights.values()),
             )
         )
     gated = sum(summary.nbytes for summary in layers)

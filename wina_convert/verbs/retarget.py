@@ -1,4 +1,4 @@
-"""`retarget`: another default sparsity for a checkpoint, in place."""
+"""`wina retarget`: another default sparsity for a checkpoint, in place."""
 
 import json
 import re
@@ -6,11 +6,12 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from ..format.checkpoint import open_checkpoint
-from ..format.config import check_sparsity
 from ..errors import CheckpointError
-from .verify import MANIFEST, renewed_manifest
-from ..models.source import CONFIG
+from ..format.checkpoint import open_checkpoint
+from ..format.durable import replacing
+from ..format.grid import check_sparsity
+from ..format.manifest import renewed_manifest
+from ..format.names import CONFIG, MANIFEST
 
 
 def retarget(folder: str | Path, sparsity: float) -> None:
@@ -25,17 +26,17 @@ def retarget(folder: str | Path, sparsity: float) -> None:
     sparsity = check_sparsity(sparsity)
     checkpoint = open_checkpoint(folder)
     replace(checkpoint.config, sparsity=sparsity)  # checks it against the grid
-    content = _retargeted(checkpoint.source.config_text, sparsity).encode()
+    content = _retargeted(checkpoint.folder.config_text, sparsity).encode()
     manifest = Path(folder) / MANIFEST
     if not manifest.exists():  # another program saved the checkpoint
-        write(Path(folder) / CONFIG, content)
+        _write(Path(folder) / CONFIG, content)
         return
     before = manifest.read_bytes()
-    write(manifest, renewed_manifest(Path(folder), CONFIG, content))
+    _write(manifest, renewed_manifest(Path(folder), CONFIG, content))
     try:
-        write(Path(folder) / CONFIG, content)
+        _write(Path(folder) / CONFIG, content)
     except CheckpointError:
-        write(manifest, before)
+        _write(manifest, before)
         raise
 
 
@@ -51,19 +52,9 @@ def _retargeted(text: str, sparsity: float) -> str:
     return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
 
 
-def write(path: Path, content: bytes) -> None:
-    """Replace a file, all at once.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    beside = path.with_name(f".{path.name}.new")
+def _write(path: Path, content: bytes) -> None:
     try:
-        beside.unlink(missing_ok=True)
-        with beside.open("xb") as file:  # never through a link that lies there
+        with replacing(path) as beside, beside.open("xb") as file:  # never through a link that lies there
             file.write(content)
-        beside.replace(path)
     except OSError as error:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
         raise CheckpointError(f"{path} cannot be written ({error.strerror or error})") from error
