@@ -54,10 +54,8 @@ from transformers.utils import logging
 
 from wina_convert import convert, load
 from wina_convert.errors import WinaError
-from wina_convert.format.manifest import write_manifest
-from wina_convert.format.names import MANIFEST
-from wina_convert.verbs.inspect import inspect_checkpoint
-from wina_convert.verbs.verify import verify_folder
+from wina_convert.inspection import inspect_checkpoint
+from wina_convert.integrity import MANIFEST, verify_folder, write_manifest
 
 CONFIG, REPORT = "config.json", "wina_report.json"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

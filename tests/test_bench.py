@@ -16,12 +16,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import wina_convert as package
-from wina_convert.cli.text import bench_text
+from wina_convert import bench
+from wina_convert.bench import Benchmark, ProductSpeed, Speed, bench_model, bench_products
+from wina_convert.display import bench_text
 from wina_convert.runtime.linear import WinaLinear, gated_modules
-from wina_convert.verbs import bench
-from wina_convert.verbs.bench import ProductSpeed, Speed, bench_model
-from wina_convert.verbs.bench_products import bench_products
-from wina_convert.verbs.benchmark import Benchmark
 
 Calls = list[SimpleNamespace]
 SHORT: dict[str, Any] = {"prompt_tokens": 16, "tokens": 3, "repeats": 2}

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from wina_convert.models.documents import bundled_files, read_documents
+from wina_convert.text import bundled_files, read_documents
 
 FOLDER = Path(__file__).parent.parent / "calibration"
 OTHER_LANGUAGES = {"german.txt", "french.txt", "spanish.txt", "chinese.txt", "japanese.txt"}

@@ -18,11 +18,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from wina_convert.checkpoint import open_checkpoint
 from wina_convert.errors import CheckpointError, OptionError
-from wina_convert.format.checkpoint import open_checkpoint
-from wina_convert.format.names import MANIFEST
+from wina_convert.integrity import MANIFEST, verify_folder
 from wina_convert.runtime.linear import gated_modules
-from wina_convert.verbs.verify import verify_folder
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +228,7 @@ def test_retarget_changes_the_one_number(
 ):
     out = shutil.copytree(reformatted[1], tmp_path / "out")
     for step in ("StreamedModel", "build_skeleton", "read_tensors"):  # no model is run, no weight is read
-        monkeypatch.setattr(f"wina_convert.format.checkpoint.{step}", failing(AssertionError(step)))
+        monkeypatch.setattr(f"wina_convert.checkpoint.{step}", failing(AssertionError(step)))
     before = contents(out)
     result = run_wina("retarget", out, "--sparsity", "0.3125")
     succeeded(result)

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import wina_convert as package
 from wina_convert.cli import wina, wina_convert
-from wina_convert.models.text import sequences
+from wina_convert.generate import generate
 from wina_convert.progress import lines
-from wina_convert.verbs.generate import generate
+from wina_convert.text import sequences
 
 COMMANDS = {
     "wina-convert": wina_convert,

@@ -15,7 +15,7 @@ from folders import files_of
 from fuzzing import Bench, Case, CaseError, make_bench, make_case, run_case
 
 from wina_convert.errors import CheckpointError
-from wina_convert.format.names import MANIFEST
+from wina_convert.integrity import MANIFEST
 
 SEED = 0
 CASES = 500

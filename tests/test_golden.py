@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from wina_convert import WinaConfig, load, set_sparsity
 from wina_convert.errors import CheckpointError
+from wina_convert.inspection import inspect_checkpoint
+from wina_convert.integrity import verify_folder
+from wina_convert.retarget import retarget
 from wina_convert.runtime.linear import gated_modules
-from wina_convert.verbs.inspect import inspect_checkpoint
-from wina_convert.verbs.retarget import retarget
-from wina_convert.verbs.verify import verify_folder
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "v1"

@@ -23,14 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wina_convert import load
+from wina_convert.checkpoint import open_checkpoint
 from wina_convert.errors import CheckpointError, SourceError, VerificationError, WinaError
-from wina_convert.format.checkpoint import open_checkpoint
-from wina_convert.format.manifest import renewed_manifest, write_manifest
-from wina_convert.format.names import MANIFEST
-from wina_convert.models.source import open_source
+from wina_convert.integrity import MANIFEST, renewed_manifest, verify_folder, write_manifest
+from wina_convert.retarget import retarget
 from wina_convert.runtime.linear import gated_modules
-from wina_convert.verbs.retarget import retarget
-from wina_convert.verbs.verify import verify_folder
+from wina_convert.source import open_source
 
 SMALL = ("--samples", "4", "--seq-len", "16", "--quiet")
 Change = Callable[[Path], object]

@@ -15,11 +15,10 @@ from folders import files_of
 from killing import Child, End, publish
 
 from wina_convert import convert
-from wina_convert.conversion.staging import recover
-from wina_convert.format.checkpoint import open_checkpoint
-from wina_convert.format.names import REPORT
-from wina_convert.verbs.retarget import retarget
-from wina_convert.verbs.verify import verify_folder
+from wina_convert.checkpoint import REPORT, open_checkpoint
+from wina_convert.integrity import verify_folder
+from wina_convert.retarget import retarget
+from wina_convert.staging import recover
 
 # Several shards, and a layer in more than one of them.
 OPTIONS: dict[str, Any] = {"samples": 4, "seq_len": 16, "targets": ["mlp"], "max_shard_size": "200KB"}

@@ -20,13 +20,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import wina_convert
-from wina_convert.fitting.calibrate import calibrate_layer
-from wina_convert.fitting.schemes import column_norms
-from wina_convert.fitting.thresholds import threshold_curve
-from wina_convert.format.grid import GRID
+from wina_convert.calibrate import calibrate_layer
+from wina_convert.config import GRID
 from wina_convert.runtime.kernels import cpu, gated_linear
 from wina_convert.runtime.linear import WinaLinear
-from wina_convert.runtime.rule import cutoffs, dropped, gate
+from wina_convert.scoring import column_norms, cutoffs, dropped, gate
+from wina_convert.thresholds import threshold_curve
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FEW = list(range(1, cpu.FEW_ROWS + 1))

@@ -29,15 +29,16 @@ from killing import Child
 from safetensors.torch import load_file, save_file
 
 from wina_convert import convert
-from wina_convert.conversion.staging import Staging, recover, staged
+from wina_convert.checkpoint import REPORT
 from wina_convert.errors import CheckpointError, VerificationError, WinaError
-from wina_convert.format.names import INDEX, REPORT, SNAPSHOT
-from wina_convert.verbs.verify import verify_folder
+from wina_convert.integrity import verify_folder
+from wina_convert.shards import INDEX
+from wina_convert.staging import SNAPSHOT, Staging, recover, staged
 
 HIDDEN = ".out.wina-staging"  # for a target named "out"
 ASIDE = ".out.wina-replaced"
-CALIBRATE = "wina_convert.conversion.layers.calibrate_layer"
-CLOCK = "wina_convert.conversion.layers.time"
+CALIBRATE = "wina_convert.layers.calibrate_layer"
+CLOCK = "wina_convert.layers.time"
 FAST: dict[str, Any] = {"samples": 8, "seq_len": 32, "batch_size": 24}  # SMALL, for Python
 
 
@@ -227,7 +228,7 @@ def test_what_appears_at_the_target_meanwhile_is_not_replaced(
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.tex").write_text("precious")
 
-    patch_call(monkeypatch, "wina_convert.conversion.pipeline.write_card", 1, appear)
+    patch_call(monkeypatch, "wina_convert.conversion.write_card", 1, appear)
     result = run(source, "--out", tmp_path / "out", *options, *SMALL, "--quiet")
     assert (tmp_path / "out" / "thesis.tex").read_text() == "precious"
     refused(result, str(tmp_path / "out"))
@@ -580,9 +581,9 @@ def test_resume_refuses_another_source(unfinished_of_text: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("place", "word"),
     [
-        ("wina_convert.conversion.pipeline.torch.__version__", "torch"),
-        ("wina_convert.conversion.pipeline.transformers.__version__", "transformers"),
-        ("wina_convert.conversion.pipeline.__version__", "wina-convert"),
+        ("wina_convert.conversion.torch.__version__", "torch"),
+        ("wina_convert.conversion.transformers.__version__", "transformers"),
+        ("wina_convert.conversion.__version__", "wina-convert"),
     ],
 )
 def test_resume_names_the_version_that_changed(
@@ -638,14 +639,14 @@ def test_a_shard_that_was_lost_meanwhile_is_noticed(
 
 # A function of a conversion, at which call of it something happens, and whether a layer is finished by then.
 STEPS = [
-    ("wina_convert.conversion.pipeline.write_layers", 1, False),
+    ("wina_convert.conversion.write_layers", 1, False),
     (CALIBRATE, 1, False),
     (CALIBRATE, 2, True),
-    ("wina_convert.conversion.pipeline.write_config", 1, True),
-    ("wina_convert.conversion.pipeline.copy_sidecars", 1, True),
-    ("wina_convert.conversion.pipeline.prove", 1, True),
-    ("wina_convert.conversion.pipeline.write_card", 1, True),
-    ("wina_convert.conversion.pipeline.write_manifest", 1, True),
+    ("wina_convert.conversion.write_config", 1, True),
+    ("wina_convert.conversion.copy_sidecars", 1, True),
+    ("wina_convert.conversion.verify", 1, True),
+    ("wina_convert.conversion.write_card", 1, True),
+    ("wina_convert.conversion.write_manifest", 1, True),
 ]
 
 
@@ -694,7 +695,7 @@ def test_an_error_of_the_conversion_itself_leaves_nothing(
         with monkeypatch.context() as patched:
             interrupt_in_layer(patched, layer)
             assert run(source, "--out", tmp_path / "out", *SMALL).exit_code == 130
-    monkeypatch.setattr("wina_convert.conversion.pipeline.prove", failing(VerificationError("the logits differ")))
+    monkeypatch.setattr("wina_convert.conversion.verify", failing(VerificationError("the logits differ")))
     refused(run(source, "--out", tmp_path / "out", "--resume", *SMALL, "--quiet"), "the logits differ")
     assert contents(tmp_path) == {}
 
@@ -789,13 +790,13 @@ def test_nothing_is_relied_on_that_a_power_cut_could_take(source: Path, tmp_path
 DISK = "6m"
 
 
-SAVE = "wina_convert.conversion.staging.Staging.save"
+SAVE = "wina_convert.staging.Staging.save"
 FULL_STEPS = [
     *((*step, True) for step in STEPS),
     (SAVE, 1, False, True),
     (SAVE, 2, True, True),
     (SAVE, 2, True, False),
-    ("wina_convert.conversion.pipeline.prove", 1, True, False),
+    ("wina_convert.conversion.verify", 1, True, False),
 ]
 
 
@@ -855,7 +856,7 @@ def test_a_disk_that_was_large_enough_at_the_start_does_not_fill_up(
         def accepted(kilobytes: int) -> bool:
             remount(disk, f"size={kilobytes}k")
             with monkeypatch.context() as patched:
-                patched.setattr("wina_convert.conversion.pipeline.sequences", failing(CheckpointError("that far")))
+                patched.setattr("wina_convert.conversion.sequences", failing(CheckpointError("that far")))
                 return "that far" in refused(run(*command))
 
         enough = bisect.bisect(range(16000), False, key=accepted)
@@ -866,10 +867,10 @@ def test_a_disk_that_was_large_enough_at_the_start_does_not_fill_up(
 
 # Where the system may refuse: the place, and at which call, later than the first snapshot.
 CALLS = [
-    ("wina_convert.format.shard_writer.ShardWriter.write", 15, True),
+    ("wina_convert.shards.ShardWriter.write", 15, True),
     ("os.fsync", 4, True),
     ("pathlib.Path.replace", 2, True),
-    ("wina_convert.conversion.staging.save_file", 2, True),
+    ("wina_convert.staging.save_file", 2, True),
     ("shutil.copyfile", 1, True),
     ("huggingface_hub.ModelCard.save", 1, True),
     ("pathlib.Path.rename", 1, True),
@@ -945,16 +946,14 @@ def test_a_disk_with_too_little_space_is_refused_before_anything_is_computed(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=10**12, used=10**12, free=1000))
-    monkeypatch.setattr(
-        "wina_convert.conversion.pipeline.sequences", failing(AssertionError("calibration text was read"))
-    )
+    monkeypatch.setattr("wina_convert.conversion.sequences", failing(AssertionError("calibration text was read")))
     out = tmp_path / "out"
     refused(run(source, "--out", out), f"{out} needs", str(tmp_path), "free", "another --out")
     assert contents(tmp_path) == {}
 
 
 def test_a_read_only_disk_is_refused_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wina_convert.conversion.pipeline.open_source", failing(AssertionError("opened")))
+    monkeypatch.setattr("wina_convert.conversion.open_source", failing(AssertionError("opened")))
     disk = tmp_path / "disk"
     with mounted(disk, DISK):
         remount(disk, "ro")
@@ -966,7 +965,7 @@ def test_a_read_only_folder_is_refused_before_the_source_is_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)  # to root, everything is writable
-    monkeypatch.setattr("wina_convert.conversion.pipeline.open_source", failing(AssertionError("opened")))
+    monkeypatch.setattr("wina_convert.conversion.open_source", failing(AssertionError("opened")))
     out = tmp_path / "out"
     refused(run("some/model", "--out", out), f"{out} cannot be written", str(tmp_path), "another --out")
     assert contents(tmp_path) == {}

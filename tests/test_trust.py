@@ -26,12 +26,10 @@ from transformers import AutoModelForCausalLM
 
 from wina_convert import load
 from wina_convert.errors import CheckpointError, WinaError
-from wina_convert.format.manifest import write_manifest
-from wina_convert.format.names import MANIFEST
+from wina_convert.inspection import inspect_checkpoint
+from wina_convert.integrity import MANIFEST, verify_folder, write_manifest
 from wina_convert.progress import bars
-from wina_convert.verbs.inspect import inspect_checkpoint
-from wina_convert.verbs.retarget import retarget
-from wina_convert.verbs.verify import verify_folder
+from wina_convert.retarget import retarget
 
 SINGLE, INDEX, REPORT = "model.safetensors", "model.safetensors.index.json", "wina_report.json"
 SHARD = "model-00002-of-00003.safetensors"
@@ -626,9 +624,8 @@ from pathlib import Path
 from transformers.utils import logging
 from wina_convert import load
 from wina_convert.errors import WinaError
-from wina_convert.verbs.inspect import inspect_checkpoint
-from wina_convert.verbs.verify import verify_folder
-from wina_convert.format.manifest import write_manifest
+from wina_convert.inspection import inspect_checkpoint
+from wina_convert.integrity import verify_folder, write_manifest
 
 class Hung(BaseException): pass
 def stop(*args): raise Hung

@@ -13,13 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from wina_convert.conversion.plan import make_plan
-from wina_convert.conversion.proof import Proof, verify
 from wina_convert.errors import CheckpointError, VerificationError, WinaError
-from wina_convert.models.documents import read_documents
-from wina_convert.models.source import open_source
-from wina_convert.models.text import load_tokenizer, sequences, split
+from wina_convert.plan import make_plan
 from wina_convert.progress import silent
+from wina_convert.source import open_source
+from wina_convert.text import load_tokenizer, read_documents, sequences, split
+from wina_convert.verify import VerificationReport, verify
 
 FILE = "model.safetensors"
 GATED = "model.layers.1.mlp.down_proj"
@@ -41,7 +40,7 @@ def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def check(source: Path) -> Callable[[Path], Proof]:
+def check(source: Path) -> Callable[[Path], VerificationReport]:
     """Verify a folder against the source."""
     opened = open_source(str(source))
     plan = make_plan(opened)
@@ -173,7 +172,7 @@ def test_a_conversion_whose_verification_fails_leaves_what_was_there(
             file.seek(-1, 2)
             file.write(bytes([byte ^ 1]))
 
-    monkeypatch.setattr("wina_convert.conversion.pipeline.copy_sidecars", damage)
+    monkeypatch.setattr("wina_convert.conversion.copy_sidecars", damage)
     if old:
         shutil.copytree(converted, tmp_path / "out")
     before = contents(tmp_path)

@@ -9,7 +9,6 @@ import click
 
 from ..errors import OptionError, printable
 from .common import (
-    HELP,
     Group,
     device_option,
     fractions,
@@ -24,7 +23,7 @@ from .convert import command
 from .text import bench_text, by_layer, table
 
 
-@click.group(cls=Group, context_settings=HELP)
+@click.group(cls=Group)
 @version_option
 def wina() -> None:
     """Make, inspect, measure and run WINA checkpoints."""

@@ -10,9 +10,14 @@ from .. import __version__
 from ..errors import WinaError, printable
 from ..progress import Progress, bars, lines, silent
 
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
 
 class OneLineErrors:
     """A click command that prints any expected error as one line on stderr and exits 2, without a traceback."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"context_settings": HELP, **kwargs})
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run, and exit with a status."""
@@ -99,7 +104,6 @@ def download_bar(quiet: bool) -> type[Any]:
     )
 
 
-HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress and no summary; errors only.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")

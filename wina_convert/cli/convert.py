@@ -10,7 +10,6 @@ import click
 
 from ..conversion.options import ConversionOptions
 from .common import (
-    HELP,
     Command,
     download_bar,
     json_option,
@@ -75,7 +74,7 @@ def command(name: str) -> Command:
     """The command, under a name."""
     out = click.Option(["--out"], required=True, type=click.Path(), help="Folder to write; must not exist.")
     options = [_option(field) for field in fields(ConversionOptions)]
-    made = Command(name, callback=_convert, help=_convert.__doc__, context_settings=HELP)
+    made = Command(name, callback=_convert, help=_convert.__doc__)
     made.params = [click.Argument(["model"]), out, *options]
     return quiet_option(json_option(made))
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -78,11 +79,11 @@ def write_layers(
             curves = {key: torch.zeros(len(GRID)) for key in keys if key.endswith(f".{THRESHOLDS}")}
             with model.layer(index, tensors | curves) as run:
                 gates = {name: gate for name, gate in gated_modules(model.model).items() if not gate.weight_t.is_meta}
-                histograms = calibrate_layer(run, gates, plan.budget, states, advance)
+                histograms = calibrate_layer(run, gates, states, advance, plan.budget)
                 for gate in gates.values():
                     gate.forget_threshold()
             for name, found in histograms.items():
-                curve = threshold_curve(found, plan.budget, name, GRID)
+                curve = threshold_curve(found, GRID, partial(plan.budget.asked, name))
                 shards.write({f"{keys_of[name]}.{THRESHOLDS}": curve})
                 if plot:
                     kept[name] = pictures.score_curve(found[shown], plan.budget.asked(name, sparsity))

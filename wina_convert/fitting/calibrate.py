@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import CalibrationError
 from ..runtime.linear import WinaLinear, observing
 from ..runtime.rule import scores
-from .budget import Budget
+from .budget import UNIFORM, Budget
 from .histogram import ScoreHistogram
 
 PILOT = 8  # sequences of the first pass
@@ -26,18 +26,18 @@ Histograms = dict[float, ScoreHistogram]  # by level
 def calibrate_layer(
     run: Callable[[Tensor], Tensor],
     gates: Mapping[str, WinaLinear],
-    budget: Budget,
     states: States,
     advance: Callable[[int], object],
+    budget: Budget = UNIFORM,
 ) -> dict[str, Histograms]:
     """Count the scores of a layer's gated projections and move the hidden states through it, in place.
 
     Args:
         run: the loaded layer, [B, S, hidden] -> [B, S, hidden].
         gates: its gated projections by name, with weights and column norms.
-        budget: the sparsity asked of each of them at a level.
         states: the hidden states before the layer, for each level; afterwards, those behind it.
         advance: told the number of sequences done.
+        budget: the sparsity asked of each projection at a level.
 
     Returns:
         for each projection, the score histogram of each level.

@@ -1,11 +1,10 @@
 """From score histograms to the threshold curve of a projection."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from .budget import Budget
 from .histogram import ScoreHistogram
 
 LEVELS = (0.25, 0.5, 0.75)
@@ -22,7 +21,7 @@ def levels(sparsity: float) -> tuple[float, ...]:
 
 
 def threshold_curve(
-    histograms: Mapping[float, ScoreHistogram], budget: Budget, projection: str, grid: Sequence[float]
+    histograms: Mapping[float, ScoreHistogram], grid: Sequence[float], asked: Callable[[float], float] = float
 ) -> Tensor:
     """Threshold of a projection at every sparsity of the grid.
 
@@ -30,9 +29,8 @@ def threshold_curve(
 
     Args:
         histograms: of this projection's scores, by level.
-        budget: the sparsity asked of it at a level.
-        projection: its name.
-        grid: ascending sparsities, the first 0.
+        grid: ascending sparsities of the model, the first 0.
+        asked: from one of them to what is asked of this projection (see `Budget.asked`).
 
     Returns:
         [len(grid)], float32, ascending from 0.
@@ -43,7 +41,6 @@ def threshold_curve(
         below = max((level for level in points if level <= sparsity), default=points[0])
         above = min((level for level in points if level >= sparsity), default=points[-1])
         weight = (sparsity - below) / (above - below) if above > below else 0.0
-        asked = budget.asked(projection, sparsity)
-        low, high = histograms[below].quantile(asked), histograms[above].quantile(asked)
+        low, high = histograms[below].quantile(asked(sparsity)), histograms[above].quantile(asked(sparsity))
         curve.append(low + weight * (high - low) if sparsity else 0.0)
     return torch.tensor(curve, dtype=torch.float64).cummax(0).values.float()
