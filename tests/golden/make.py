@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokeniz
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from families import random_weights
+from support.families import random_weights
 
 from wina_convert import convert, load
 from wina_convert.config import FORMAT_VERSION
