@@ -54,7 +54,7 @@ class Reader:
         a, b = curve[max(r - 1, 0)], curve[r]
         w = np.float32((s - grid[r - 1]) / (grid[r] - grid[r - 1]) if r else 0)
         t = a + w * (b - a) if w < 0.5 else b - (b - a) * (np.float32(1) - w)
+        bias = self.tensor(f"{p}.bias").astype("<f4") if f"{p}.bias" in self.tensors else 0
         with np.errstate(all="ignore"):
             kept = ~(np.abs(x) <= np.where(norms > 0, t / norms, np.float32(np.inf)))
-        bias = self.tensor(f"{p}.bias").astype("<f4") if f"{p}.bias" in self.tensors else 0
-        return np.where(kept, x, np.float32(0)) @ weight_t.astype("<f4") + bias, kept
+            return np.where(kept, x, np.float32(0)) @ weight_t.astype("<f4") + bias, kept

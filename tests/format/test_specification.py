@@ -144,6 +144,32 @@ def test_the_example_is_right(sparsity: float, dtype: str, tmp_path: Path) -> No
     assert mask.tolist() == kept == (~(x.abs() <= gate.tau)).tolist()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("x", "kept", "y"),
+    [
+        ([np.nan, 7, 0, 0], [1, 0, 0, 0], [np.nan, np.nan]),
+        ([0.5, np.nan, 0, 0], [1, 1, 0, 0], [np.nan, np.nan]),  # a column of zeros does not hide it
+        ([0.5, np.inf, -0.0, 0], [1, 0, 0, 0], [2.5, 1]),
+        ([np.inf, 7, 0, 0], [1, 0, 0, 0], [np.inf, np.inf]),
+    ],
+)
+def test_nan_and_infinity_are_kept_or_skipped_as_the_text_says(
+    x: list[float], kept: list[int], y: list[float], dtype: str, tmp_path: Path
+) -> None:
+    given = example()
+    write_example(tmp_path, given, dtype)
+    gate = WinaLinear(4, 2, given["grid"], True, DTYPES[dtype])
+    stored = tensors_of(tmp_path)
+    gate.load_state_dict({leaf: stored[f"P.{leaf}"] for leaf in ("weight_t", "column_norms", "thresholds", "bias")})
+    for sparsity in (0.625, 0.0):
+        gate.set_sparsity(sparsity)
+        found, mask = Reader(tmp_path).product("model.P", np.asarray(x, np.float32), sparsity)
+        assert mask.tolist() == [bool(flag) for flag in kept]
+        np.testing.assert_array_equal(found, np.asarray(y, np.float32))
+        np.testing.assert_array_equal(gate(torch.tensor(x).to(DTYPES[dtype])).detach().float().numpy(), found)
+
+
 def write_example(folder: Path, given: dict[str, list[float]], dtype: str) -> None:
     """The example as a checkpoint, laid out with struct as the text says; without the fields that may be absent."""
 
