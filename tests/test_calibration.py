@@ -4,7 +4,7 @@ import hashlib
 
 from support import ROOT
 
-from wina_convert.text import bundled_files, read_documents
+from wina_convert.models.documents import bundled_files, read_documents
 
 FOLDER = ROOT / "calibration"
 OTHER_LANGUAGES = {"german.txt", "french.txt", "spanish.txt", "chinese.txt", "japanese.txt"}

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import wina_convert
-from wina_convert import text
 from wina_convert.errors import CalibrationError
-from wina_convert.source import open_source
+from wina_convert.models import text
+from wina_convert.models.source import open_source
 
 FAST: dict[str, Any] = {"samples": 4, "seq_len": 32, "batch_size": 8}
 MORE: dict[str, Any] = {"samples": 16, "seq_len": 64, "batch_size": 8}

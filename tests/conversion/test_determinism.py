@@ -17,12 +17,12 @@ from support.folders import files_of
 from torch import Tensor
 
 import wina_convert
-from wina_convert.calibrate import calibrate_layer
-from wina_convert.config import GRID
-from wina_convert.histogram import ScoreHistogram
+from wina_convert.fitting.calibrate import calibrate_layer
+from wina_convert.fitting.histogram import ScoreHistogram
+from wina_convert.fitting.schemes import column_norms
+from wina_convert.fitting.thresholds import threshold_curve
+from wina_convert.format.grid import GRID
 from wina_convert.runtime.linear import WinaLinear
-from wina_convert.scoring import column_norms
-from wina_convert.thresholds import threshold_curve
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
 

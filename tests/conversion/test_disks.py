@@ -25,13 +25,13 @@ MODEL = "three layers"  # see support/shared.py
 DISK = "6m"
 
 
-SAVE = "wina_convert.staging.Staging.save"
+SAVE = "wina_convert.conversion.staging.Staging.save"
 FULL_STEPS = [
     *((*step, True) for step in STEPS),
     (SAVE, 1, False, True),
     (SAVE, 2, True, True),
     (SAVE, 2, True, False),
-    ("wina_convert.conversion.verify", 1, True, False),
+    ("wina_convert.conversion.pipeline.prove", 1, True, False),
 ]
 
 
@@ -91,7 +91,7 @@ def test_a_disk_that_was_large_enough_at_the_start_does_not_fill_up(
         def accepted(kilobytes: int) -> bool:
             remount(disk, f"size={kilobytes}k")
             with monkeypatch.context() as patched:
-                patched.setattr("wina_convert.conversion.sequences", failing(CheckpointError("that far")))
+                patched.setattr("wina_convert.conversion.pipeline.sequences", failing(CheckpointError("that far")))
                 return "that far" in refused(run(*command))
 
         enough = bisect.bisect(range(16000), False, key=accepted)
@@ -102,10 +102,10 @@ def test_a_disk_that_was_large_enough_at_the_start_does_not_fill_up(
 
 # Where the system may refuse: the place, and at which call, later than the first snapshot.
 CALLS = [
-    ("wina_convert.shards.ShardWriter.write", 15, True),
+    ("wina_convert.format.shard_writer.ShardWriter.write", 15, True),
     ("os.fsync", 4, True),
     ("pathlib.Path.replace", 2, True),
-    ("wina_convert.staging.save_file", 2, True),
+    ("wina_convert.conversion.staging.save_file", 2, True),
     ("shutil.copyfile", 1, True),
     ("huggingface_hub.ModelCard.save", 1, True),
     ("pathlib.Path.rename", 1, True),
@@ -181,14 +181,16 @@ def test_a_disk_with_too_little_space_is_refused_before_anything_is_computed(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=10**12, used=10**12, free=1000))
-    monkeypatch.setattr("wina_convert.conversion.sequences", failing(AssertionError("calibration text was read")))
+    monkeypatch.setattr(
+        "wina_convert.conversion.pipeline.sequences", failing(AssertionError("calibration text was read"))
+    )
     out = tmp_path / "out"
     refused(run(source, "--out", out), f"{out} needs", str(tmp_path), "free", "another --out")
     assert contents(tmp_path) == {}
 
 
 def test_a_read_only_disk_is_refused_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wina_convert.conversion.open_source", failing(AssertionError("opened")))
+    monkeypatch.setattr("wina_convert.conversion.pipeline.open_source", failing(AssertionError("opened")))
     disk = tmp_path / "disk"
     with mounted(disk, DISK):
         remount(disk, "ro")
@@ -200,7 +202,7 @@ def test_a_read_only_folder_is_refused_before_the_source_is_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)  # to root, everything is writable
-    monkeypatch.setattr("wina_convert.conversion.open_source", failing(AssertionError("opened")))
+    monkeypatch.setattr("wina_convert.conversion.pipeline.open_source", failing(AssertionError("opened")))
     out = tmp_path / "out"
     refused(run("some/model", "--out", out), f"{out} cannot be written", str(tmp_path), "another --out")
     assert contents(tmp_path) == {}

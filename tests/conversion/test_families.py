@@ -37,10 +37,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import wina_convert
-from wina_convert import architectures, text
+from wina_convert import architectures
+from wina_convert.models import text
+from wina_convert.models.source import open_source
 from wina_convert.runtime import attention
 from wina_convert.runtime.linear import WinaLinear
-from wina_convert.source import open_source
 
 
 @dataclass(frozen=True)

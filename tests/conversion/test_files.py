@@ -13,7 +13,7 @@ from support.breaking import failing
 from support.commands import SMALL, contents, run, run_wina, succeeded
 from transformers import AutoModelForCausalLM
 
-from wina_convert.integrity import MANIFEST
+from wina_convert.format.names import MANIFEST
 from wina_convert.runtime.linear import gated_modules
 
 MODEL = "one layer"  # see support/shared.py
@@ -134,7 +134,7 @@ def test_retarget_changes_the_one_number(
 ):
     out = shutil.copytree(reformatted[1], tmp_path / "out")
     for step in ("StreamedModel", "build_skeleton", "read_tensors"):  # no model is run, no weight is read
-        monkeypatch.setattr(f"wina_convert.checkpoint.{step}", failing(AssertionError(step)))
+        monkeypatch.setattr(f"wina_convert.format.checkpoint.{step}", failing(AssertionError(step)))
     before = contents(out)
     result = run_wina("retarget", out, "--sparsity", "0.3125")
     succeeded(result)

@@ -17,7 +17,7 @@ from support.folders import files_of
 from support.interrupting import CALIBRATE, HIDDEN, STEPS, count_layers, interrupt_in_layer
 
 from wina_convert.errors import VerificationError
-from wina_convert.staging import SNAPSHOT
+from wina_convert.format.names import SNAPSHOT
 
 MODEL = "three layers"  # see support/shared.py
 
@@ -67,7 +67,7 @@ def test_an_error_of_the_conversion_itself_leaves_nothing(
         with monkeypatch.context() as patched:
             interrupt_in_layer(patched, layer)
             assert run(source, "--out", tmp_path / "out", *SMALL).exit_code == 130
-    monkeypatch.setattr("wina_convert.conversion.verify", failing(VerificationError("the logits differ")))
+    monkeypatch.setattr("wina_convert.conversion.pipeline.prove", failing(VerificationError("the logits differ")))
     refused(run(source, "--out", tmp_path / "out", "--resume", *SMALL, "--quiet"), "the logits differ")
     assert contents(tmp_path) == {}
 

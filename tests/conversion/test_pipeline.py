@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import wina_convert
 from wina_convert.errors import OptionError
-from wina_convert.integrity import MANIFEST
+from wina_convert.format.names import MANIFEST
 from wina_convert.progress import lines
 
 FAST: dict[str, Any] = {"samples": 4, "seq_len": 32, "batch_size": 8}

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.commands import SMALL, contents, refused, run
 
+from wina_convert.conversion.plan import make_plan
+from wina_convert.conversion.proof import Proof, prove
 from wina_convert.errors import CheckpointError, VerificationError, WinaError
-from wina_convert.plan import make_plan
+from wina_convert.models.documents import read_documents
+from wina_convert.models.source import open_source
+from wina_convert.models.text import load_tokenizer, sequences, split
 from wina_convert.progress import silent
-from wina_convert.source import open_source
-from wina_convert.text import load_tokenizer, read_documents, sequences, split
-from wina_convert.verify import VerificationReport, verify
 
 MODEL = "biases and a tied head"  # see support/shared.py
 
@@ -27,13 +28,13 @@ ALONE = ("model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_
 
 
 @pytest.fixture(scope="module")
-def check(source: Path) -> Callable[[Path], VerificationReport]:
+def check(source: Path) -> Callable[[Path], Proof]:
     """Verify a folder against the source."""
     opened = open_source(str(source))
     plan = make_plan(opened)
     packed = sequences(read_documents(), load_tokenizer(opened), 32, 24, "here")
     held_out = split(packed, 8, 0)[1]
-    return lambda folder: verify(opened, plan, folder, held_out, torch.device("cpu"), 16, silent)
+    return lambda folder: prove(opened, plan, folder, held_out, torch.device("cpu"), 16, silent)
 
 
 def damaged(converted: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
@@ -159,7 +160,7 @@ def test_a_conversion_whose_verification_fails_leaves_what_was_there(
             file.seek(-1, 2)
             file.write(bytes([byte ^ 1]))
 
-    monkeypatch.setattr("wina_convert.conversion.copy_sidecars", damage)
+    monkeypatch.setattr("wina_convert.conversion.pipeline.copy_sidecars", damage)
     if old:
         shutil.copytree(converted, tmp_path / "out")
     before = contents(tmp_path)

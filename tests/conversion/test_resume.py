@@ -29,11 +29,10 @@ from support.interrupting import (
 )
 
 from wina_convert import convert
-from wina_convert.checkpoint import REPORT
+from wina_convert.conversion.staging import Staging
 from wina_convert.errors import CheckpointError, WinaError
-from wina_convert.integrity import verify_folder
-from wina_convert.shards import INDEX
-from wina_convert.staging import SNAPSHOT, Staging
+from wina_convert.format.names import INDEX, REPORT, SNAPSHOT
+from wina_convert.verbs.verify import verify_folder
 
 MODEL = "three layers"  # see support/shared.py
 

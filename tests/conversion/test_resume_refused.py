@@ -10,7 +10,7 @@ import pytest
 from support.commands import SMALL, contents, refused, run, succeeded
 from support.interrupting import interrupt_in_layer
 
-from wina_convert.integrity import verify_folder
+from wina_convert.verbs.verify import verify_folder
 
 MODEL = "three layers"  # see support/shared.py
 
@@ -118,9 +118,9 @@ def test_resume_refuses_another_source(unfinished_of_text: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("place", "word"),
     [
-        ("wina_convert.conversion.torch.__version__", "torch"),
-        ("wina_convert.conversion.transformers.__version__", "transformers"),
-        ("wina_convert.conversion.__version__", "wina-convert"),
+        ("wina_convert.conversion.pipeline.torch.__version__", "torch"),
+        ("wina_convert.conversion.pipeline.transformers.__version__", "transformers"),
+        ("wina_convert.conversion.pipeline.__version__", "wina-convert"),
     ],
 )
 def test_resume_names_the_version_that_changed(

@@ -15,9 +15,9 @@ from support.interrupting import ASIDE, CALIBRATE, FAST, HIDDEN, fail_after, sta
 from support.killing import Child
 
 from wina_convert import convert
-from wina_convert.checkpoint import REPORT
+from wina_convert.conversion.staging import recover
 from wina_convert.errors import CheckpointError, VerificationError
-from wina_convert.staging import SNAPSHOT, recover
+from wina_convert.format.names import REPORT, SNAPSHOT
 
 MODEL = "three layers"  # see support/shared.py
 
@@ -147,7 +147,7 @@ def test_what_appears_at_the_target_meanwhile_is_not_replaced(
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.tex").write_text("precious")
 
-    patch_call(monkeypatch, "wina_convert.conversion.write_card", 1, appear)
+    patch_call(monkeypatch, "wina_convert.conversion.pipeline.write_card", 1, appear)
     result = run(source, "--out", tmp_path / "out", *options, *SMALL, "--quiet")
     assert (tmp_path / "out" / "thesis.tex").read_text() == "precious"
     refused(result, str(tmp_path / "out"))

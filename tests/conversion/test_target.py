@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.commands import SMALL, contents, refused, run, succeeded
 
-from wina_convert.checkpoint import open_checkpoint
+from wina_convert.format.checkpoint import open_checkpoint
 
 MODEL = "one layer"  # see support/shared.py
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wina_convert.errors import CalibrationError
-from wina_convert.histogram import BINS, ScoreHistogram, bin_edges
-from wina_convert.scoring import scores
+from wina_convert.fitting.histogram import BINS, ScoreHistogram, bin_edges
+from wina_convert.runtime.rule import scores
 
 RESOLUTION = 2**-7  # a bfloat16 has 8 significant bits: a bin is at most 1/128 = 0.8% wide
 seeds = st.integers(0, 2**32 - 1)
@@ -130,7 +130,7 @@ def test_the_largest_finite_score_is_counted():
 
 
 def test_more_scores_than_fit_a_chunk_are_all_counted(monkeypatch):
-    monkeypatch.setattr("wina_convert.histogram.CHUNK", 7)
+    monkeypatch.setattr("wina_convert.fitting.histogram.CHUNK", 7)
     values = draw(2, 100)
     bins = values.view(np.uint32) >> 16
     assert torch.equal(histogram(values).counts, torch.from_numpy(np.bincount(bins, minlength=BINS)))

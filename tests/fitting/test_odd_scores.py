@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import wina_convert
-from wina_convert.calibrate import calibrate_layer
-from wina_convert.config import GRID
+from wina_convert.fitting.calibrate import calibrate_layer
+from wina_convert.fitting.schemes import column_norms
+from wina_convert.fitting.thresholds import threshold_curve
+from wina_convert.format.grid import GRID
 from wina_convert.runtime.linear import WinaLinear
-from wina_convert.scoring import column_norms, dropped
-from wina_convert.thresholds import threshold_curve
+from wina_convert.runtime.rule import dropped
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

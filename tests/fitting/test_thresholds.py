@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wina_convert.config import GRID
-from wina_convert.histogram import ScoreHistogram
-from wina_convert.scoring import threshold_at
-from wina_convert.thresholds import levels, threshold_curve
+from wina_convert.fitting.histogram import ScoreHistogram
+from wina_convert.fitting.thresholds import levels, threshold_curve
+from wina_convert.format.curve import threshold_at
+from wina_convert.format.grid import GRID
 
 RESOLUTION = 2**-7
 seeds = st.integers(0, 2**32 - 1)

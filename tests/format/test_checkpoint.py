@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from support.commands import contents, refused, run_wina
 
-from wina_convert.checkpoint import open_checkpoint
 from wina_convert.errors import CheckpointError, OptionError
+from wina_convert.format.checkpoint import open_checkpoint
 
 MODEL = "one layer"  # see support/shared.py
 

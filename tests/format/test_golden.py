@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from wina_convert import WinaConfig, load, set_sparsity
 from wina_convert.errors import CheckpointError
-from wina_convert.inspection import inspect_checkpoint
-from wina_convert.integrity import verify_folder
-from wina_convert.retarget import retarget
 from wina_convert.runtime.linear import gated_modules
+from wina_convert.verbs.inspect import inspect_checkpoint
+from wina_convert.verbs.retarget import retarget
+from wina_convert.verbs.verify import verify_folder
 
 GOLDEN = TESTS / "golden" / "v1"
 PROJECTIONS = {
@@ -176,5 +176,5 @@ def test_the_golden_files_are_in_the_repository_and_the_sdist_and_not_in_the_whe
         assert (ignored.returncode, ignored.stdout) == (1, ""), ignored.stderr
     assert files <= {file.distribution_path for file in SdistBuilder(str(ROOT)).recurse_included_files()}
     wheel = {file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
-    assert "wina_convert/trust.py" in wheel
+    assert "wina_convert/format/trust.py" in wheel
     assert not [path for path in wheel if "golden" in path]

@@ -14,7 +14,9 @@ from support.commands import SMALLEST, contents, refused, run, run_wina
 from support.folders import entries, files_of
 
 from wina_convert.errors import CheckpointError, VerificationError, WinaError
-from wina_convert.integrity import MANIFEST, renewed_manifest, verify_folder, write_manifest
+from wina_convert.format.manifest import renewed_manifest, write_manifest
+from wina_convert.format.names import MANIFEST
+from wina_convert.verbs.verify import verify_folder
 
 MODEL = "kilobytes in shards"  # see support/shared.py
 

@@ -14,7 +14,9 @@ from support.commands import SMALL, refused, run
 from torch import Tensor
 
 from wina_convert.errors import OptionError, SourceError
-from wina_convert.shards import DTYPES, INDEX, SINGLE, ShardWriter, TensorSpec, read_headers, read_rows, read_tensors
+from wina_convert.format.names import INDEX, SINGLE
+from wina_convert.format.shard_writer import ShardWriter
+from wina_convert.format.shards import DTYPES, TensorSpec, read_headers, read_rows, read_tensors
 
 
 def random_tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The specification of the checkpoint, wina_convert/format/README.md, says what the package does.
 
-`reader.py` is written from its text with json, struct and numpy only; it is held against the package and against float64.
+`tests/support/reader.py` is written from its text with json, struct and numpy only; it is held against the package and against float64.
 """
 
 import ast
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import make_model
-from folders import config_of, tensors_of, threshold_of
-from reader import Reader
 from safetensors.torch import save_file
+from support.families import make_model
+from support.folders import config_of, tensors_of, threshold_of
+from support.reader import Reader
 from torch import Tensor
 
 import wina_convert
@@ -308,7 +308,7 @@ def test_what_the_text_refuses_the_package_and_the_reader_refuse(change: str, tm
 
 
 def test_the_reader_is_short_and_imports_json_struct_and_numpy_only() -> None:
-    source = (Path(__file__).parent / "reader.py").read_text("utf-8")
+    source = (ROOT / "tests" / "support" / "reader.py").read_text("utf-8")
     assert len(source.splitlines()) <= 60
     imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
     assert all(isinstance(node, ast.Import) for node in imports)

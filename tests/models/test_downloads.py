@@ -13,8 +13,8 @@ from support.commands import SMALLEST, refused, run, succeeded
 from support.hub import Hub, use_endpoint
 
 from wina_convert.errors import SourceError
-from wina_convert.integrity import verify_folder
-from wina_convert.source import open_source
+from wina_convert.models.source import open_source
+from wina_convert.verbs.verify import verify_folder
 
 MODEL = "kilobytes"  # see support/shared.py
 

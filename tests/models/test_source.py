@@ -16,9 +16,9 @@ from support.commands import SMALL, contents, refused, run, succeeded
 from support.families import make_model
 
 from wina_convert.architectures import ARCHITECTURES
+from wina_convert.conversion.plan import make_plan
 from wina_convert.errors import WinaError
-from wina_convert.plan import make_plan
-from wina_convert.source import open_source
+from wina_convert.models.source import open_source
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GATED = "model.layers.1.mlp.down_proj.weight"

@@ -20,7 +20,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from wina_convert.errors import CalibrationError
-from wina_convert.text import bundled_files, read_documents, sequences, split
+from wina_convert.models.documents import bundled_files, read_documents
+from wina_convert.models.text import sequences, split
 
 ROWS = {
     "text": ({"text": "a b", "id": 1}, "a b"),

@@ -16,7 +16,7 @@ from support.fuzzing.cases import Bench, Case, CaseError, make_bench, make_case,
 from support.fuzzing.mutations import mutated
 
 from wina_convert.errors import CheckpointError
-from wina_convert.integrity import MANIFEST
+from wina_convert.format.names import MANIFEST
 
 SEED = 0
 CASES = 500

@@ -15,10 +15,11 @@ from support.folders import files_of
 from support.killing import Child, End, publish
 
 from wina_convert import convert
-from wina_convert.checkpoint import REPORT, open_checkpoint
-from wina_convert.integrity import verify_folder
-from wina_convert.retarget import retarget
-from wina_convert.staging import recover
+from wina_convert.conversion.staging import recover
+from wina_convert.format.checkpoint import open_checkpoint
+from wina_convert.format.names import REPORT
+from wina_convert.verbs.retarget import retarget
+from wina_convert.verbs.verify import verify_folder
 
 MODEL = "three layers"  # see support/shared.py
 

@@ -6,7 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wina_convert.scoring import column_norms, cutoffs, dropped, gate, scores, threshold_at
+from wina_convert.fitting.schemes import column_norms
+from wina_convert.format.curve import threshold_at
+from wina_convert.runtime.rule import cutoffs, dropped, gate, scores
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 seeds = st.integers(0, 2**32 - 1)

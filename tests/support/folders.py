@@ -8,7 +8,7 @@ import numpy
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wina_convert.integrity import MANIFEST
+from wina_convert.format.names import MANIFEST
 
 
 def config_of(folder: Path) -> dict[str, Any]:

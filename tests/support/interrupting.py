@@ -11,26 +11,26 @@ import torch
 
 from support.breaking import failing, patch_call
 from wina_convert import convert
-from wina_convert.checkpoint import REPORT
-from wina_convert.staging import Staging, staged
+from wina_convert.conversion.staging import Staging, staged
+from wina_convert.format.names import REPORT
 
 HIDDEN = ".out.wina-staging"  # for a target named "out"
 ASIDE = ".out.wina-replaced"
-CALIBRATE = "wina_convert.layers.calibrate_layer"
-CLOCK = "wina_convert.layers.time"
+CALIBRATE = "wina_convert.conversion.layers.calibrate_layer"
+CLOCK = "wina_convert.conversion.layers.time"
 FAST: dict[str, Any] = {"samples": 8, "seq_len": 32, "batch_size": 24}  # SMALL, for Python
 
 
 # A function of a conversion, at which call of it something happens, and whether a layer is finished by then.
 STEPS = [
-    ("wina_convert.conversion.write_layers", 1, False),
+    ("wina_convert.conversion.pipeline.write_layers", 1, False),
     (CALIBRATE, 1, False),
     (CALIBRATE, 2, True),
-    ("wina_convert.conversion.write_config", 1, True),
-    ("wina_convert.conversion.copy_sidecars", 1, True),
-    ("wina_convert.conversion.verify", 1, True),
-    ("wina_convert.conversion.write_card", 1, True),
-    ("wina_convert.conversion.write_manifest", 1, True),
+    ("wina_convert.conversion.pipeline.write_config", 1, True),
+    ("wina_convert.conversion.pipeline.copy_sidecars", 1, True),
+    ("wina_convert.conversion.pipeline.prove", 1, True),
+    ("wina_convert.conversion.pipeline.write_card", 1, True),
+    ("wina_convert.conversion.pipeline.write_manifest", 1, True),
 ]
 
 

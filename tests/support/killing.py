@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 
-from wina_convert import staging
-from wina_convert.checkpoint import REPORT
-from wina_convert.staging import staged
+from wina_convert.conversion import staging
+from wina_convert.conversion.staging import staged
+from wina_convert.format.names import REPORT
 
 # The server imports torch once; each process is forked from it in milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["wina_convert.conversion", "transformers.models.llama.modeling_llama"])
+CONTEXT.set_forkserver_preload(["wina_convert.conversion.pipeline", "transformers.models.llama.modeling_llama"])
 
 # What Python reports before it does it. Writes and fsyncs are no such events: `_watch` adds those.
 EVENTS = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "shutil.copyfile", "shutil.rmtree")

@@ -18,8 +18,8 @@ from support.breaking import within
 from support.commands import refused, run_wina
 from wina_convert import load
 from wina_convert.errors import WinaError
-from wina_convert.inspection import inspect_checkpoint
-from wina_convert.integrity import verify_folder
+from wina_convert.verbs.inspect import inspect_checkpoint
+from wina_convert.verbs.verify import verify_folder
 
 SINGLE, INDEX, REPORT = "model.safetensors", "model.safetensors.index.json", "wina_report.json"
 SHARD = "model-00002-of-00003.safetensors"

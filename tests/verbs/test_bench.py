@@ -16,10 +16,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import wina_convert as package
-from wina_convert import bench
-from wina_convert.bench import Benchmark, ProductSpeed, Speed, bench_model, bench_products
-from wina_convert.display import bench_text
+from wina_convert.cli.text import bench_text
 from wina_convert.runtime.linear import WinaLinear, gated_modules
+from wina_convert.verbs import bench, bench_models, benchmark
+from wina_convert.verbs.bench import bench_model
+from wina_convert.verbs.bench_products import bench_products
+from wina_convert.verbs.benchmark import Benchmark, ProductSpeed, Speed
 
 Calls = list[SimpleNamespace]
 SHORT: dict[str, Any] = {"prompt_tokens": 16, "tokens": 3, "repeats": 2}
@@ -31,8 +33,8 @@ PRODUCTS = ("--kernels", "--shapes", "64x32", "--repeats", 3, "--quiet")
 def small(monkeypatch: pytest.MonkeyPatch):
     """Random models and working sets that take milliseconds."""
     monkeypatch.setitem(bench.RANDOM, "1b", (64, 2, 128, 4, 2, True))
-    monkeypatch.setattr(bench, "VOCABULARY", 100)
-    monkeypatch.setattr(bench, "WORKING_SET", 1 << 16)
+    monkeypatch.setattr(bench_models, "VOCABULARY", 100)
+    monkeypatch.setattr(benchmark, "WORKING_SET", 1 << 16)
 
 
 @pytest.fixture
@@ -223,7 +225,7 @@ def test_a_shape_given_twice_is_compared_with_its_own_dense_product():
 @pytest.mark.parametrize("compiles", [True, False])
 def test_a_shape_of_odd_numbers_is_timed_with_and_without_a_compiler(compiles: bool, monkeypatch: pytest.MonkeyPatch):
     if not compiles:
-        monkeypatch.setattr(bench.cpu, "compiled", lambda dtype: None)
+        monkeypatch.setattr(benchmark.cpu, "compiled", lambda dtype: None)
     assert len(bench_products([(3, 5)], repeats=2).products) == 4
 
 

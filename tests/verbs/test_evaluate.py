@@ -10,7 +10,7 @@ from support.commands import refused, run_wina, succeeded
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import wina_convert as package
-from wina_convert.text import sequences
+from wina_convert.models.text import sequences
 
 MODEL = "one layer"  # see support/shared.py
 

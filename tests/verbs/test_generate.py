@@ -7,7 +7,7 @@ import pytest
 from support.commands import refused, run_wina, succeeded
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wina_convert.generate import generate
+from wina_convert.verbs.generate import generate
 
 MODEL = "one layer"  # see support/shared.py
 

@@ -15,11 +15,13 @@ from support.folders import config_of, entries
 from transformers import AutoModelForCausalLM
 
 from wina_convert import load
-from wina_convert.checkpoint import open_checkpoint
 from wina_convert.errors import VerificationError
-from wina_convert.integrity import MANIFEST, verify_folder, write_manifest
-from wina_convert.retarget import retarget
+from wina_convert.format.checkpoint import open_checkpoint
+from wina_convert.format.manifest import write_manifest
+from wina_convert.format.names import MANIFEST
 from wina_convert.runtime.linear import gated_modules
+from wina_convert.verbs.retarget import retarget
+from wina_convert.verbs.verify import verify_folder
 
 MODEL = "kilobytes in shards"  # see support/shared.py
 

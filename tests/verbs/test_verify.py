@@ -12,7 +12,8 @@ from support.folders import entries
 from torch import Tensor
 
 from wina_convert.errors import WinaError
-from wina_convert.integrity import verify_folder, write_manifest
+from wina_convert.format.manifest import write_manifest
+from wina_convert.verbs.verify import verify_folder
 
 MODEL = "kilobytes in shards"  # see support/shared.py
 

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from wina_convert import load
 from wina_convert.errors import CheckpointError
-from wina_convert.inspection import inspect_checkpoint
-from wina_convert.integrity import verify_folder, write_manifest
+from wina_convert.format.manifest import write_manifest
+from wina_convert.verbs.inspect import inspect_checkpoint
+from wina_convert.verbs.verify import verify_folder
 
 
 class Payload:

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from wina_convert import load
 from wina_convert.errors import CheckpointError, WinaError
-from wina_convert.inspection import inspect_checkpoint
-from wina_convert.integrity import MANIFEST, verify_folder, write_manifest
+from wina_convert.format.manifest import write_manifest
+from wina_convert.format.names import MANIFEST
+from wina_convert.verbs.inspect import inspect_checkpoint
+from wina_convert.verbs.verify import verify_folder
 
 LINKED = ["config.json", SHARD, INDEX, "tokenizer.json", REPORT, MANIFEST, "README.md", "docs"]
 

@@ -12,8 +12,10 @@ from support.edits import edit_block, edit_config, edit_fields
 from support.strangers import COMMANDS, INDEX, REPORT, SINGLE, Q, command, header_of, with_header
 
 from wina_convert.errors import WinaError
-from wina_convert.integrity import MANIFEST, verify_folder, write_manifest
+from wina_convert.format.manifest import write_manifest
+from wina_convert.format.names import MANIFEST
 from wina_convert.progress import bars
+from wina_convert.verbs.verify import verify_folder
 
 NAMES = {
     "colours": "\x1b[31mred\x1b[0m",

@@ -18,8 +18,9 @@ from pathlib import Path
 from transformers.utils import logging
 from wina_convert import load
 from wina_convert.errors import WinaError
-from wina_convert.inspection import inspect_checkpoint
-from wina_convert.integrity import verify_folder, write_manifest
+from wina_convert.verbs.inspect import inspect_checkpoint
+from wina_convert.verbs.verify import verify_folder
+from wina_convert.format.manifest import write_manifest
 
 class Hung(BaseException): pass
 def stop(*args): raise Hung

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from wina_convert import load
 from wina_convert.errors import CheckpointError, WinaError
-from wina_convert.inspection import inspect_checkpoint
-from wina_convert.integrity import MANIFEST, verify_folder, write_manifest
-from wina_convert.retarget import retarget
+from wina_convert.format.manifest import write_manifest
+from wina_convert.format.names import MANIFEST
+from wina_convert.verbs.inspect import inspect_checkpoint
+from wina_convert.verbs.retarget import retarget
+from wina_convert.verbs.verify import verify_folder
 
 # --- values of the block ---
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from support.products import DTYPES, INF, SMALLEST, check, randn
 from torch import Tensor
 
+from wina_convert.fitting.schemes import column_norms
 from wina_convert.runtime.kernels import cpu, gated_linear
-from wina_convert.scoring import column_norms, cutoffs, dropped, gate
+from wina_convert.runtime.rule import cutoffs, dropped, gate
 
 FEW = list(range(1, cpu.FEW_ROWS + 1))
 ROWS = [1, 8, 9, 513]  # both sides of where the compiled kernels end

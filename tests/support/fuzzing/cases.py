@@ -26,8 +26,10 @@ from support.folders import threshold_of
 from support.fuzzing.mutations import CONFIG, INDEX, MUTATIONS, Files, shards
 from wina_convert import convert, load
 from wina_convert.errors import WinaError
-from wina_convert.inspection import inspect_checkpoint
-from wina_convert.integrity import MANIFEST, verify_folder, write_manifest
+from wina_convert.format.manifest import write_manifest
+from wina_convert.format.names import MANIFEST
+from wina_convert.verbs.inspect import inspect_checkpoint
+from wina_convert.verbs.verify import verify_folder
 
 TOKENS = torch.tensor([[0, 310, 7, 1999]])
 SECONDS = 30

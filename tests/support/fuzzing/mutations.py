@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 
-from wina_convert.integrity import MANIFEST
+from wina_convert.format.names import MANIFEST
 
 CONFIG, REPORT = "config.json", "wina_report.json"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
