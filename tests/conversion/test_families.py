@@ -38,7 +38,7 @@ from transformers.pytorch_utils import Conv1D
 
 import wina_convert
 from wina_convert import architectures
-from wina_convert.models import text
+from wina_convert.models import documents, text
 from wina_convert.models.source import open_source
 from wina_convert.runtime import attention
 from wina_convert.runtime.linear import WinaLinear
@@ -107,7 +107,7 @@ def test_padding_and_a_neighbour_in_the_batch_change_nothing(made: Converted) ->
 def test_the_report_tells_the_sparsity_that_the_reference_counts(made: Converted) -> None:
     source = open_source(str(made.dense))
     packed = text.sequences(
-        text.read_documents(), text.load_tokenizer(source), LENGTH, SAMPLES + text.HELD_OUT, text.BUNDLED
+        documents.read_documents(), text.load_tokenizer(source), LENGTH, SAMPLES + text.HELD_OUT, documents.BUNDLED
     )
     tokens, held_out = text.split(packed, SAMPLES, 0)
     assert hashlib.sha256(tokens.numpy().tobytes()).hexdigest() == made.report["calibration"]["tokens_sha256"]

@@ -133,8 +133,8 @@ def test_retarget_changes_the_one_number(
     reformatted: tuple[bytes, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     out = shutil.copytree(reformatted[1], tmp_path / "out")
-    for step in ("StreamedModel", "build_skeleton", "read_tensors"):  # no model is run, no weight is read
-        monkeypatch.setattr(f"wina_convert.format.checkpoint.{step}", failing(AssertionError(step)))
+    for step in ("models.stream.StreamedModel", "models.stream.build_skeleton", "format.folder.read_tensors"):
+        monkeypatch.setattr(f"wina_convert.{step}", failing(AssertionError(step)))  # no model is run, no weight is read
     before = contents(out)
     result = run_wina("retarget", out, "--sparsity", "0.3125")
     succeeded(result)

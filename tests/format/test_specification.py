@@ -1,6 +1,6 @@
 """The specification of the checkpoint, wina_convert/format/README.md, says what the package does.
 
-`tests/support/reader.py` is written from its text with json, struct and numpy only; it is held against the package and against float64.
+`tests/support/reader.py` is written from its text with json, struct and numpy only; the package and float64 are its measure.
 """
 
 import ast

@@ -75,7 +75,7 @@ def test_a_download_that_was_altered_in_the_cache_is_refused(name: str, hub: Hub
 @pytest.mark.usefixtures("kept")
 def test_a_download_that_is_the_hubs_converts(hub: Hub, source: Path, tmp_path: Path):
     for _ in range(2):  # from the Hub, and from the cache
-        assert open_source(NAME).folder.parent.name == "snapshots"
+        assert open_source(NAME).path.parent.name == "snapshots"
     succeeded(run(NAME, "--out", tmp_path / "out", *SMALLEST))
     verify_folder(tmp_path / "out")
 
