@@ -24,7 +24,7 @@ from wina_convert.runtime.linear import WinaLinear
 from wina_convert.scoring import column_norms
 from wina_convert.thresholds import threshold_curve
 
-pytestmark = pytest.mark.usefixtures("threads_as_before")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("threads_as_before")]
 
 
 CONVERSIONS = {"float32": (2, 100), "bfloat16": (4, 24)}  # dtype -> samples, tokens of a sequence

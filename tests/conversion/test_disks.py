@@ -35,6 +35,7 @@ FULL_STEPS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "call", "finished", "keep"), FULL_STEPS)
 @pytest.mark.usefixtures("snapshots")
 def test_a_disk_that_fills_up_is_one_line_and_resume_completes_on_a_larger_one(
@@ -119,6 +120,7 @@ CODES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "call", "finished", "code"), CODES)
 @pytest.mark.usefixtures("snapshots")
 def test_what_the_system_refuses_is_one_line_and_can_be_resumed(
