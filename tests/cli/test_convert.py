@@ -165,6 +165,7 @@ def test_a_dry_run_counts_what_the_conversion_writes(sparsity: float, tiny: Path
 # --- pictures ---
 
 
+@pytest.mark.slow
 def test_plot_adds_two_pictures(source: Path, tmp_path: Path):
     succeeded(run(source, "--out", tmp_path / "out", "--plot", *SMALL))
     pictures = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.png")}
