@@ -22,6 +22,8 @@ from wina_convert import text
 from wina_convert.errors import CalibrationError
 from wina_convert.source import open_source
 
+pytestmark = pytest.mark.slow
+
 FAST: dict[str, Any] = {"samples": 4, "seq_len": 32, "batch_size": 8}
 MORE: dict[str, Any] = {"samples": 16, "seq_len": 64, "batch_size": 8}
 
@@ -90,7 +92,6 @@ def test_one_checkpoint_achieves_every_asked_sparsity_on_held_out_text(sparsity:
     assert overall == pytest.approx(sparsity, abs=0.015)
 
 
-@pytest.mark.slow
 def test_thresholds_fitted_through_gated_layers_beat_those_of_the_dense_model(
     tiny: Path, recorded: Recorded, tmp_path: Path
 ) -> None:
@@ -123,7 +124,6 @@ def test_thresholds_fitted_through_gated_layers_beat_those_of_the_dense_model(
     assert ours < theirs / 2
 
 
-@pytest.mark.slow
 def test_another_seed_chooses_other_text(tiny: Path, tmp_path: Path) -> None:
     reports = [wina_convert.convert(str(tiny), tmp_path / str(seed), seed=seed, **FAST) for seed in (0, 1)]
     first, second = (report["calibration"]["tokens_sha256"] for report in reports)
@@ -186,7 +186,6 @@ def test_inputs_that_are_zero_anyway_may_exceed_the_asked_sparsity(sparsity: flo
         assert fraction == pytest.approx(0.5 if name.endswith("down_proj") else sparsity, abs=0.1), name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.25, 0.4, 0.5])
 def test_columns_of_zeros_count_as_skipped(sparsity: float, tiny: Path, tmp_path: Path) -> None:
     """A pruned model: two fifths of the columns hold nothing but zeros."""
@@ -221,7 +220,6 @@ def test_text_for_less_than_two_sequences_is_an_error(tiny: Path, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.0, 0.03, 0.95])
 def test_the_ends_of_the_range(sparsity: float, tiny: Path, tmp_path: Path) -> None:
     report = wina_convert.convert(str(tiny), tmp_path / "out", sparsity=sparsity, **MORE)

@@ -81,6 +81,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(
         assert [path.name for path in disk.iterdir()] == ["ballast"]
 
 
+@pytest.mark.slow
 def test_a_disk_that_was_large_enough_at_the_start_does_not_fill_up(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,7 +55,12 @@ class Converted:
     model: Any
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+QUICK = ("llama", "phi3", "gpt2")  # what .ci/quick runs: separate matrices, fused ones, and Conv1D
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Converted:
     folder = tmp_path_factory.mktemp(request.param)
     dense, gated = make_model(request.param, folder / "dense"), folder / "gated"
