@@ -22,6 +22,8 @@ from wina_convert.errors import CalibrationError
 from wina_convert.models import documents, text
 from wina_convert.models.source import open_source
 
+pytestmark = pytest.mark.slow
+
 FAST: dict[str, Any] = {"samples": 4, "seq_len": 32, "batch_size": 8}
 MORE: dict[str, Any] = {"samples": 16, "seq_len": 64, "batch_size": 8}
 

@@ -24,7 +24,7 @@ from wina_convert.fitting.thresholds import threshold_curve
 from wina_convert.format.grid import GRID
 from wina_convert.runtime.linear import WinaLinear
 
-pytestmark = pytest.mark.usefixtures("threads_as_before")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("threads_as_before")]
 
 
 CONVERSIONS = {"float32": (2, 100), "bfloat16": (4, 24)}  # dtype -> samples, tokens of a sequence

@@ -150,6 +150,7 @@ def test_retarget_changes_the_one_number(
     assert json.loads(new)["quantization_config"]["sparsity"] == 0.3125
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["as saved", "compact", "blanks around"])
 @pytest.mark.parametrize("field", ["dtype", "torch_dtype", None])
 def test_a_chosen_dtype_changes_the_dtype_alone(name: str, field: str | None, source: Path, tmp_path: Path):

@@ -153,6 +153,7 @@ def test_a_damaged_snapshot_is_refused_and_can_be_overwritten(damage: Callable[[
         assert staging.snapshot is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "options"),
     [
@@ -178,6 +179,7 @@ def test_a_resumed_conversion_gives_the_same_bytes(
     verify_folder(tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("snapshots")
 def test_resume_after_resume_over_an_old_checkpoint(
     source: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

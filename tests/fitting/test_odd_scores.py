@@ -108,6 +108,7 @@ def zero(name: str, rows: slice = slice(None)) -> Callable[[dict[str, Tensor]], 
     return change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -209,6 +209,7 @@ def test_in_offline_mode_the_line_says_so(
     assert not hub.requests
 
 
+@pytest.mark.slow
 def test_what_was_downloaded_once_converts_without_a_network(
     hub: Hub, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

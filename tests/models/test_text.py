@@ -193,6 +193,7 @@ def test_a_text_that_cannot_be_evaluated_is_refused(name: str, wina_tiny: Path, 
     refused(run_wina("eval", wina_tiny, "--text", make(tmp_path), "--quiet"), *words[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["notes.txt", "rows.jsonl", "rows.parquet"])
 def test_a_conversion_takes_its_text_from_the_file_given(name: str, tiny: Path, tmp_path: Path):
     words = "".join(f"{i * i} is the square of {i}.\n" for i in range(900))

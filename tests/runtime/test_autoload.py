@@ -29,6 +29,7 @@ print(json.dumps([gated, model.config.quantization_config.sparsity, imported]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("imports", "discovery"),
     [
@@ -98,6 +99,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_without_the_package_nothing_loads_and_the_error_says_what_to_install(model, wina_tiny, half, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     model.save_pretrained(tmp_path / "shards", max_shard_size="1MB")

@@ -149,6 +149,7 @@ def test_a_left_padded_batch_gives_what_single_rows_give(model):
     assert torch.equal(together, torch.cat([greedy(model, row) for row in rows]))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch imports its own past
 def test_a_compiled_model_is_one_graph_and_equals_the_eager_one(tmp_path):
     convert(

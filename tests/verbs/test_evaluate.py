@@ -25,6 +25,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_eval_measures_what_the_loaded_model_computes(wina_tiny: Path, tiny: Path, text: Path):
     result = run_wina(
         *("eval", wina_tiny, "--text", text, "--source", tiny, "--json", "--quiet"),

@@ -1,4 +1,4 @@
-"""`wina inspect`."""
+"""`wina inspect`: each layer with its thresholds and what it achieved, with a report and without."""
 
 import json
 import re
