@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is import
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
 from support import TINY
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from support.commands import SMALL, Terminal, contents, refused, run, run_wina, succeeded
 
 import wina_convert as package
+from support.commands import SMALL, Terminal, contents, refused, run, run_wina, succeeded
 from wina_convert.cli import wina
 from wina_convert.progress import lines
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save
-from support.families import make_model
-from support.folders import config_of, tensors_of, threshold_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import wina_convert
+from support.families import make_model
+from support.folders import config_of, tensors_of, threshold_of
 from wina_convert.errors import CalibrationError
 from wina_convert.models import documents, text
 from wina_convert.models.source import open_source

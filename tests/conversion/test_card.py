@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+
 from support.commands import SMALL, contents, run, succeeded
 
 MODEL = "one layer"  # see support/shared.py

@@ -13,10 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.folders import files_of
 from torch import Tensor
 
 import wina_convert
+from support.folders import files_of
 from wina_convert.fitting.calibrate import calibrate_layer
 from wina_convert.fitting.histogram import ScoreHistogram
 from wina_convert.fitting.schemes import column_norms

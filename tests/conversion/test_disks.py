@@ -11,11 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
 from support.breaking import failing, fill, mounted, patch_call, remount
 from support.commands import SMALL, contents, refused, run, succeeded
 from support.folders import files_of
 from support.interrupting import CALIBRATE, HIDDEN, STEPS, count_layers
-
 from wina_convert.errors import CheckpointError
 
 MODEL = "three layers"  # see support/shared.py

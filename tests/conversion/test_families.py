@@ -14,6 +14,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import wina_convert
 from support.families import FAMILIES, make_model
 from support.folders import tensors_of
 from support.reference import (
@@ -32,11 +37,6 @@ from support.reference import (
     random_prompt,
     reference,
 )
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
-
-import wina_convert
 from wina_convert import architectures
 from wina_convert.models import documents, text
 from wina_convert.models.source import open_source

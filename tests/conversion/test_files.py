@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.breaking import failing
-from support.commands import SMALL, contents, run, run_wina, succeeded
 from transformers import AutoModelForCausalLM
 
+from support.breaking import failing
+from support.commands import SMALL, contents, run, run_wina, succeeded
 from wina_convert.format.names import MANIFEST
 from wina_convert.runtime.linear import gated_modules
 

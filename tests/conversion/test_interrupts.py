@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support.breaking import failing, patch_call
 from support.commands import SMALL, contents, refused, run, succeeded
 from support.folders import files_of
 from support.interrupting import CALIBRATE, HIDDEN, STEPS, count_layers, interrupt_in_layer
-
 from wina_convert.errors import VerificationError
 from wina_convert.format.names import SNAPSHOT
 

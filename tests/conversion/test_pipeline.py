@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
-from support.families import make_model
-from support.folders import config_of, files_of, tensors_of
 from transformers import AutoModelForCausalLM
 
 import wina_convert
+from support.families import make_model
+from support.folders import config_of, files_of, tensors_of
 from wina_convert.errors import OptionError
 from wina_convert.format.names import MANIFEST
 from wina_convert.progress import lines

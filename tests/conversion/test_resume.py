@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from support.commands import SMALL, contents, refused, run, succeeded
 from support.families import make_model
 from support.folders import files_of
@@ -27,7 +28,6 @@ from support.interrupting import (
     leave_unfinished,
     stage,
 )
-
 from wina_convert import convert
 from wina_convert.conversion.staging import Staging
 from wina_convert.errors import CheckpointError, WinaError

@@ -8,12 +8,12 @@ from typing import Any
 
 import filelock
 import pytest
+
 from support.breaking import failing, patch_call
 from support.commands import SMALL, contents, refused, run, succeeded
 from support.folders import files_of
 from support.interrupting import ASIDE, CALIBRATE, FAST, HIDDEN, fail_after, stage
 from support.killing import Child
-
 from wina_convert import convert
 from wina_convert.conversion.staging import recover
 from wina_convert.errors import CheckpointError, VerificationError

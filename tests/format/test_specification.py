@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.families import make_model
-from support.folders import config_of, tensors_of, threshold_of
-from support.reader import Reader
 from torch import Tensor
 
 import wina_convert
+from support.families import make_model
+from support.folders import config_of, tensors_of, threshold_of
+from support.reader import Reader
 from wina_convert import WinaConfig, convert
 from wina_convert.errors import CheckpointError, OptionError
 from wina_convert.runtime.linear import WinaLinear, gated_modules

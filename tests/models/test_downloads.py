@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from huggingface_hub import constants
+
 from support.commands import SMALLEST, refused, run, succeeded
 from support.hub import Hub, use_endpoint
-
 from wina_convert.errors import SourceError
 from wina_convert.models.source import open_source
 from wina_convert.verbs.verify import verify_folder

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import enable_progress_bars
+
 from support.commands import SMALL, Terminal, contents, refused, run, run_wina, succeeded
 from support.families import make_model
 from support.hub import Hub, use_endpoint

@@ -14,11 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import ROOT
-from support.commands import SMALL, contents, refused, run, run_wina, succeeded
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from support import ROOT
+from support.commands import SMALL, contents, refused, run, run_wina, succeeded
 from wina_convert.errors import CalibrationError
 from wina_convert.models.documents import bundled_files, read_documents
 from wina_convert.models.text import sequences, split

@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.processes import in_new_process
 from transformers import (
     AutoModel,
 )
 from transformers.quantizers import auto
 
 import wina_convert
+from support.processes import in_new_process
 from wina_convert import WinaConfig
 from wina_convert.runtime import autoload, loader
 

@@ -6,9 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.families import make_model
-from support.folders import tensors_of
-from support.loaded import PROMPT, cutoffs_of, greedy, logits
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -19,6 +16,9 @@ from transformers import (
     pipeline,
 )
 
+from support.families import make_model
+from support.folders import tensors_of
+from support.loaded import PROMPT, cutoffs_of, greedy, logits
 from wina_convert import convert, load, set_sparsity
 from wina_convert.runtime.linear import WinaLinear, gated_modules
 

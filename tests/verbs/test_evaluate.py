@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.commands import refused, run_wina, succeeded
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import wina_convert as package
+from support.commands import refused, run_wina, succeeded
 from wina_convert.models.text import sequences
 
 MODEL = "one layer"  # see support/shared.py

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+
 from support.commands import run_wina, succeeded
 
 

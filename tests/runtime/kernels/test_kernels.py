@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.products import DTYPES, problem
 from torch import Tensor
 
+from support.products import DTYPES, problem
 from wina_convert.runtime.kernels import gated_linear
 
 seeds = st.integers(0, 2**32 - 1)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.products import DTYPES, INF, SMALLEST, check, randn
 from torch import Tensor
 from torch.nn.functional import linear
 
+from support.products import DTYPES, INF, SMALLEST, check, randn
 from wina_convert.fitting.schemes import column_norms
 from wina_convert.runtime.kernels import cpu, gated_linear
 from wina_convert.runtime.rule import cutoffs, dropped, gate

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.processes import python
-from support.products import DTYPES, problem
 from torch import Tensor
 
+from support.processes import python
+from support.products import DTYPES, problem
 from wina_convert.runtime.kernels import streaming
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
