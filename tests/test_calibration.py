@@ -1,11 +1,11 @@
 """The bundled calibration text: what its README says of it."""
 
 import hashlib
-from pathlib import Path
 
-from wina_convert.text import bundled_files, read_documents
+from support import ROOT
+from wina_convert.models.documents import bundled_files, read_documents
 
-FOLDER = Path(__file__).parent.parent / "calibration"
+FOLDER = ROOT / "calibration"
 OTHER_LANGUAGES = {"german.txt", "french.txt", "spanish.txt", "chinese.txt", "japanese.txt"}
 
 
