@@ -49,7 +49,11 @@ class Turn:
 
     def shown(self) -> dict[str, str]:
         """What a plan and a report say of it."""
-        said = {"kind": self.kind, "stream": self.reason and f"as it was: {self.reason}" or "turned", "values": "balanced"}
+        said = {
+            "kind": self.kind,
+            "stream": self.reason and f"as it was: {self.reason}" or "turned",
+            "values": "balanced",
+        }
         return said | ({"fit": self.budget.shown()} if self.budget else {})
 
 
@@ -104,7 +108,9 @@ def _transposed(model: PreTrainedModel) -> bool:
     return any(isinstance(module, Conv1D) for module in model.modules())
 
 
-def _reading_shapes(source: Source, sizes: Geometry, shapes: Mapping[str, tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+def _reading_shapes(
+    source: Source, sizes: Geometry, shapes: Mapping[str, tuple[int, ...]]
+) -> list[list[tuple[int, ...]]]:
     """Shapes of the projections behind every norm of the decoder layers."""
     family, facts = source.architecture, source.architecture.residual
     readers = facts.readers if isinstance(facts, Residual) else ()
@@ -207,9 +213,7 @@ def gather(
     with progress("Looking at the dense model", len(stream.layers) * len(tokens), "sequence") as advance:
         for index, layer in enumerate(stream.layers):
             with stream.layer(index) as run:
-                gather_layer(
-                    moments, layer, run, states, source.architecture, turn.sizes, picks, residual, advance
-                )
+                gather_layer(moments, layer, run, states, source.architecture, turn.sizes, picks, residual, advance)
     return moments
 
 

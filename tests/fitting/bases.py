@@ -31,7 +31,9 @@ def random_basis(turn: Turn, seed: int = 0) -> Basis:
     sizes = turn.sizes
     heads, dim = sizes.layers * sizes.kv_heads, sizes.head_dim
     scale = torch.linspace(0.5, 2, dim, dtype=torch.float64)  # a worse condition would magnify float32's rounding
-    made = [random_orthogonal(dim, seed + 2 * n) * scale @ random_orthogonal(dim, seed + 2 * n + 1) for n in range(heads)]
+    made = [
+        random_orthogonal(dim, seed + 2 * n) * scale @ random_orthogonal(dim, seed + 2 * n + 1) for n in range(heads)
+    ]
     values = torch.stack(made).view(sizes.layers, sizes.kv_heads, dim, dim)
     residual = random_orthogonal(sizes.hidden, seed) if turn.reason is None else None
     return Basis(turn.kind, residual, values, torch.linalg.inv(values))

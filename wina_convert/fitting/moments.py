@@ -152,7 +152,9 @@ def gather_layer(
         for handle in handles:
             handle.remove()
     if not all(bool(torch.isfinite(found).all()) for found in (mixed, *sums)):
-        raise CalibrationError("activations are NaN or infinite: the model overflows in this dtype; try --dtype float32")
+        raise CalibrationError(
+            "activations are NaN or infinite: the model overflows in this dtype; try --dtype float32"
+        )
     for (_, readers), total, sample in zip(norms, sums, kept, strict=True):
         weights = [_matrix(layer.get_submodule(name)) for name in readers]
         moments.stream += total * (sum(weight.numel() for weight in weights) / tokens)
