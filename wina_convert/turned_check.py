@@ -12,10 +12,10 @@ from torch import Tensor
 from .errors import VerificationError
 from .fitting.basis import Basis
 from .progress import Advance, Progress
-from .shards import read_rows
+from .shards import read_rows, read_tensors
 from .source import Source
 from .stream import StreamedModel, build_skeleton, checkpoint_keys
-from .turning import Turn, folded_rows, read_turned
+from .turning import SLICE, Turn, folded_rows, read_turned
 
 CHECKED = 2  # sequences on which the logits are compared
 TOLERANCE = 1e-5  # of the largest logit, in float32
@@ -41,7 +41,7 @@ def check_turned(turn: Turn, basis: Basis, tokens: Tensor, device: torch.device,
     """
 
     def source_rows(key: str) -> Iterator[Tensor]:
-        for rows in read_rows(turn.origin.folder, turn.origin.tensors[key]):
+        for rows in read_rows(turn.origin.folder, turn.origin.tensors[key], SLICE):
             yield rows.float()
 
     def turned_rows(key: str) -> Iterator[Tensor]:
@@ -51,16 +51,17 @@ def check_turned(turn: Turn, basis: Basis, tokens: Tensor, device: torch.device,
         spec = turn.origin.tensors[fold.copy_of or key]
         return folded_rows(turn.origin, fold, basis, spec, torch.float32, device)
 
-    def read_turned_layer(keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    def read_found(keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         return read_turned(turn, basis, keys, device, torch.float32)
 
-    def read_layer(keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    def read_expected(keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         for key in keys:
-            yield key, torch.cat(list(source_rows(key))) if turn.origin.tensors[key].shape else next(source_rows(key))
+            ((_, tensor),) = read_tensors(turn.origin.folder, [turn.origin.tensors[key]])
+            yield key, tensor
 
     sides = (
-        _Side(turn.origin, read_layer, source_rows, tokens[:CHECKED], device),
-        _Side(turn.source, read_turned_layer, turned_rows, tokens[:CHECKED], device),
+        _Side(turn.origin, read_expected, source_rows, tokens[:CHECKED], device),
+        _Side(turn.source, read_found, turned_rows, tokens[:CHECKED], device),
     )
     with progress("Comparing with the source", 2 * turn.sizes.layers, "layer") as advance:
         for side in sides:
@@ -92,7 +93,7 @@ class _Side:
         model = build_skeleton(source, torch.float32)
         keys = checkpoint_keys(model, source.tensors)
         embedding = model.get_input_embeddings()
-        embedding.padding_idx = None  # matters to gradients alone, and need not be among the rows looked up
+        embedding.padding_idx = None  # type: ignore[assignment] # matters to gradients alone, and need not be among the rows looked up
         names = {module: name for name, module in model.named_modules()}
         self.rows = rows
         self.embedding = keys[f"{names[embedding]}.weight"]

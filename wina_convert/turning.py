@@ -20,9 +20,10 @@ from .fitting.moments import Moments, empty_moments, gather_layer, pick_tokens
 from .progress import Progress
 from .shards import TensorSpec, read_rows, read_tensors
 from .source import Source
-from .stream import StreamedModel, build_skeleton, checkpoint_keys, tied
+from .stream import StreamedModel, build_skeleton, checkpoint_keys
 
 KINDS = ("none", "pca", "fitted", "auto")
+SLICE = 1 << 22  # bytes read at a time of a tensor that is folded row by row
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Turn:
         """What a plan and a report say of it."""
         said = {
             "kind": self.kind,
-            "stream": self.reason and f"as it was: {self.reason}" or "turned",
+            "stream": f"as it was: {self.reason}" if self.reason else "turned",
             "values": "balanced",
         }
         return said | ({"fit": self.budget.shown()} if self.budget else {})
@@ -207,7 +208,7 @@ def gather(
             yield key, _folded(source, fused.get(key), None, key, dtype, torch.device("cpu"))
 
     stream = StreamedModel(model, source.architecture.layers, keys, source.tensors, read, device)
-    picks = pick_tokens(*tokens.shape, turn.budget.kept if turn.budget else 0, seed)
+    picks = pick_tokens(len(tokens), tokens.shape[1], turn.budget.kept if turn.budget else 0, seed)
     moments = empty_moments(turn.sizes, device)
     states = stream.embed(tokens.split(batch_size))
     with progress("Looking at the dense model", len(stream.layers) * len(tokens), "sequence") as advance:
@@ -262,7 +263,7 @@ def folded_rows(
         ((_, gain),) = read_tensors(source.folder, [source.tensors[fold.gain]])
         _check_finite(source, source.tensors[fold.gain], gain)
     whole = fold.turned == "outputs" or fold.values is not None or fold.transposed
-    parts = (part for _, part in read_tensors(source.folder, [spec])) if whole else read_rows(source.folder, spec)
+    parts = (part for _, part in read_tensors(source.folder, [spec])) if whole else read_rows(source.folder, spec, SLICE)
     for part in parts:
         _check_finite(source, spec, part)
         yield fold_tensor(basis or _unturned(), fold, part.to(device), gain, dtype).cpu()

@@ -151,8 +151,18 @@ def test_a_tensor_is_rounded_once(dtype: torch.dtype):
 
 def test_a_fold_that_needs_a_gain_says_so():
     basis = Basis("pca", random_orthogonal(4, 0), torch.empty(0, 0, 0, 0), torch.empty(0, 0, 0, 0))
-    with pytest.raises(ValueError, match="needs a.weight"):
+    with pytest.raises(ValueError, match=r"needs a\.weight"):
         fold_tensor(basis, Fold(gain="a.weight", turned="inputs"), torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("residual", [None, random_orthogonal(4, 0)])
+def test_a_stored_basis_is_the_same(residual: torch.Tensor | None):
+    values = torch.randn(1, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    basis = Basis("fitted", residual, values, torch.linalg.inv(values))
+    found = bases.stored_basis("fitted", bases.basis_tensors(basis))
+    assert found.residual is residual
+    assert torch.equal(found.values, basis.values)
+    assert torch.equal(found.inverses, basis.inverses)
 
 
 # --- the values ---

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..architectures import Architecture, Residual
 
-SLICE = 1 << 22  # elements turned at a time: 32 MiB in float64
+SLICE = 1 << 20  # elements turned at a time: 8 MiB in float64
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,21 @@ class Basis:
     residual: Tensor | None
     values: Tensor
     inverses: Tensor
+
+
+def basis_tensors(basis: Basis) -> dict[str, Tensor]:
+    """A basis as named tensors, to be stored beside an unfinished conversion.
+
+    Layers written in two bases that differ in the last bits would not fit together, so a resumed conversion must not find its
+    basis again.
+    """
+    stream = {} if basis.residual is None else {"residual": basis.residual}
+    return stream | {"values": basis.values, "inverses": basis.inverses}
+
+
+def stored_basis(kind: str, tensors: Mapping[str, Tensor]) -> Basis:
+    """The inverse of `basis_tensors`."""
+    return Basis(kind, tensors.get("residual"), tensors["values"], tensors["inverses"])
 
 
 @dataclass(frozen=True)

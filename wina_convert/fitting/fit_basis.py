@@ -70,7 +70,7 @@ def budget_of(sizes: Geometry, readers: Sequence[Sequence[tuple[int, ...]]], dev
         device: its type decides.
     """
     hidden, norms = sizes.hidden, len(readers)
-    operations, nbytes = (limits.get(device.type, limits["cpu"]) for limits in (OPERATIONS, BYTES))
+    operations, nbytes = OPERATIONS.get(device.type, OPERATIONS["cpu"]), BYTES.get(device.type, BYTES["cpu"])
     rows = sum(min(shape[0], hidden) for shapes in readers for shape in shapes)
     # Forward and backward each multiply a step's tokens and rows by Q; Cayley's map costs about three inversions.
     a_norm = 4 * hidden**2 * (TOKENS + rows / norms)
