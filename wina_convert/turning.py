@@ -263,7 +263,9 @@ def folded_rows(
         ((_, gain),) = read_tensors(source.folder, [source.tensors[fold.gain]])
         _check_finite(source, source.tensors[fold.gain], gain)
     whole = fold.turned == "outputs" or fold.values is not None or fold.transposed
-    parts = (part for _, part in read_tensors(source.folder, [spec])) if whole else read_rows(source.folder, spec, SLICE)
+    parts = (
+        (part for _, part in read_tensors(source.folder, [spec])) if whole else read_rows(source.folder, spec, SLICE)
+    )
     for part in parts:
         _check_finite(source, spec, part)
         yield fold_tensor(basis or _unturned(), fold, part.to(device), gain, dtype).cpu()

@@ -15,9 +15,9 @@ from wina_convert.fitting.fit_basis import (
     Budget,
     budget_of,
     cayley,
+    dropped_energy,
     fit_basis,
     principal_axes,
-    sparsity_loss,
 )
 from wina_convert.fitting.moments import Moments, Reader, Site
 from wina_convert.progress import silent
@@ -41,23 +41,23 @@ def moments(tiny: Path, tokens: torch.Tensor) -> Moments:
 
 
 def loss_of(moments: Moments, q: torch.Tensor) -> float:
-    """Mean score over all that was kept, each projection's divided by the size of its outputs."""
+    """Squared scores dropped at 50% over all that was kept, in parts of each projection's output."""
     total = 0.0
     for site in moments.sites:
         for reader in site.readers:
-            size = (site.inputs @ reader.factor.t()).square().sum(1).mean().sqrt()
-            total += reader.weights * float(sparsity_loss(site.inputs, [reader.factor], q.float()) / size)
+            size = (site.inputs @ reader.factor.t()).square().sum(1).mean()
+            total += reader.weights * float(dropped_energy(site.inputs, [reader.factor], q.float(), 0.5) / size)
     return total
 
 
-def test_the_fit_is_orthogonal_and_sparser_than_the_principal_axes_and_these_than_none(moments: Moments):
+def test_the_fit_is_orthogonal_and_drops_less_than_the_principal_axes_and_these_than_none(moments: Moments):
     axes = principal_axes(moments.stream)
     fitted = fit_basis(axes, moments.sites, SHORT, 0, silent)
     eye = torch.eye(len(fitted), dtype=torch.float64)
     torch.testing.assert_close(fitted.t() @ fitted, eye, rtol=0, atol=1e-12)
     found = [loss_of(moments, q) for q in (eye, axes, fitted)]
-    assert found[1] < 0.97 * found[0]
-    assert found[2] < 0.97 * found[1]
+    assert found[1] < 0.9 * found[0]
+    assert found[2] < 0.9 * found[1]
 
 
 def test_the_same_fit_gives_the_same_bits_and_another_seed_others(moments: Moments):
@@ -68,15 +68,26 @@ def test_the_same_fit_gives_the_same_bits_and_another_seed_others(moments: Momen
 
 
 def test_a_planted_basis_in_which_inputs_are_sparse_is_found():
-    """Uncorrelated inputs of one size have no principal axes; the fit finds the sparse ones from any start."""
+    """Uncorrelated inputs of one size have no principal axes; the fit finds those along which few are large."""
     generator = torch.Generator().manual_seed(0)
-    sparse = torch.randn(8192, 8, generator=generator) * (torch.rand(8192, 8, generator=generator) < 0.1)
+    sparse = torch.randn(8192, 8, generator=generator) ** 3
     planted = random_orthogonal(8, 1)
     site = Site(sparse @ planted.t().float(), (Reader(torch.eye(8), 64),))
     budget = replace(SHORT, steps=600, norms=1, tokens=2048)
     found = fit_basis(random_orthogonal(8, 2), [site], budget, 0, silent)
     match = (planted.t() @ found).abs()
     assert match.amax(0).min() > 0.97
+
+
+def test_the_loss_is_the_squared_scores_below_the_quantile_of_each_projection():
+    generator = torch.Generator().manual_seed(0)
+    inputs, q = torch.randn(700, 8, generator=generator), random_orthogonal(8, 3).float()
+    weights = [torch.randn(rows, 8, generator=generator) * torch.rand(8, generator=generator) for rows in (5, 12)]
+    expected = 0.0
+    for weight in weights:
+        scores = (inputs @ q).abs() * (weight @ q).norm(dim=0)
+        expected += float((scores * (scores < scores.quantile(0.4))).square().sum(1).mean())
+    assert float(dropped_energy(inputs, weights, q, 0.4)) == pytest.approx(expected, rel=0.05)
 
 
 def test_cayleys_map_is_orthogonal_and_starts_at_the_identity():
@@ -115,4 +126,4 @@ def test_a_small_model_is_fitted_anywhere(tiny: Path):
     assert turn.kind == "fitted"
     assert turn.budget.steps == STEPS
     assert turn.budget.nbytes < 100 << 20
-    assert "400 steps" in turn.shown()["fit"]
+    assert "300 steps" in turn.shown()["fit"]
