@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from .architectures import Residual
 from .errors import OptionError, SourceError
 from .fitting.basis import Basis, Fold, Geometry, balanced_values, fold_tensor, geometry, plan_folds
-from .fitting.fit_basis import Budget, budget_of, fit_basis, principal_axes
+from .fitting.fit_basis import STEPS, Budget, budget_of, fit_basis, principal_axes
 from .fitting.moments import Moments, empty_moments, gather_layer, pick_tokens
 from .progress import Progress
 from .shards import TensorSpec, read_rows, read_tensors
@@ -63,15 +63,15 @@ def plan_turn(source: Source, kind: str, device: torch.device) -> Turn | None:
 
     Args:
         source: the source.
-        kind: "none"; "pca" and "fitted" are the values' basis alone where the family allows no other; "auto" is "fitted"
-            where its budget allows enough steps on this device, else "pca".
+        kind: "none", "pca", "fitted" or "auto": "fitted" where the device allows enough of it, else "pca". All but "none"
+            are the values' basis alone where the family allows no other.
         device: what the basis will be found on.
 
     Returns:
         None for "none".
 
     Raises:
-        OptionError: the kind is not known.
+        OptionError: the kind is not known, or is "fitted" and the device allows too little for that.
     """
     if kind not in KINDS:
         raise OptionError(f"basis is {kind!r}; give one of {', '.join(KINDS)}")
@@ -89,6 +89,11 @@ def plan_turn(source: Source, kind: str, device: torch.device) -> Turn | None:
         budget = budget_of(sizes, _reading_shapes(source, sizes, shapes), device)
         if kind == "auto":
             kind = "fitted" if budget.enough else "pca"
+        elif kind == "fitted" and not budget.enough:
+            raise OptionError(
+                f"{source.name} is too large to fit a basis on a {device.type} ({budget.shown()} would be left of "
+                f"{STEPS} steps); pass --basis pca, or another --device"
+            )
     return Turn(
         origin=source,
         source=_turned_headers(source, keys, folds),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from bases import CPU, random_orthogonal, turn_of
 
+from wina_convert.errors import OptionError
 from wina_convert.fitting.basis import Geometry
 from wina_convert.fitting.fit_basis import (
     FEWEST_STEPS,
@@ -115,10 +116,21 @@ def test_eight_billion_parameters_are_fitted_on_a_gpu_and_not_on_a_cpu():
     gpu, cpu = (budget_of(LLAMA_8B, LLAMA_8B_READERS, device) for device in (GPU, CPU))
     assert gpu.enough
     assert gpu.steps == STEPS
-    assert gpu.nbytes < 24 << 30
+    assert gpu.nbytes <= 16 << 30
     assert not cpu.enough
     assert cpu.steps < FEWEST_STEPS
     assert cpu.operations <= OPERATIONS["cpu"]
+
+
+@pytest.mark.parametrize("limits", ["OPERATIONS", "BYTES"])
+def test_what_is_too_large_gets_principal_axes_and_a_fit_that_was_asked_for_is_refused(
+    limits: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(f"wina_convert.fitting.fit_basis.{limits}", {"cpu": 1 << 20})
+    assert turn_of(tiny, "auto").kind == "pca"
+    assert turn_of(tiny, "auto").budget is None
+    with pytest.raises(OptionError, match=r"wina-lab-tiny is too large to fit a basis on a cpu.*--basis pca"):
+        turn_of(tiny, "fitted")
 
 
 def test_a_small_model_is_fitted_anywhere(tiny: Path):

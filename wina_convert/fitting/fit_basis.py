@@ -27,9 +27,10 @@ KEPT = 16384  # tokens of a norm in all
 FEWEST_STEPS, FEWEST_NORMS = 150, 3  # with fewer steps, or fewer norms in each, a fit is not worth its time
 SHARE = 4  # a step takes one norm in so many, or FEWEST_NORMS
 
-# What a fit may take: operations that take about ten minutes on two cores or a data-centre GPU, and bytes.
+# What a fit may take. Operations: about ten minutes on two cores, or on a data-centre GPU. Bytes: on a CPU little beside what
+# a conversion holds; on a GPU a quarter of its memory, where it is known.
 OPERATIONS = {"cpu": 3e13, "cuda": 1.2e16}
-BYTES = {"cpu": 1 << 30, "cuda": 24 << 30}
+BYTES = {"cpu": 1 << 28, "cuda": 16 << 30}
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,17 @@ class Budget:
 
 
 def budget_of(sizes: Geometry, readers: Sequence[Sequence[tuple[int, ...]]], device: torch.device) -> Budget:
-    """What a fit may take on a device.
+    """What a fit may take on a device, by its type and, for a GPU, its memory.
 
     Args:
         sizes: of the model.
         readers: for every norm, the shapes [outputs, inputs] of the projections that read it.
-        device: its type decides.
+        device: to fit on.
     """
     hidden, norms = sizes.hidden, len(readers)
     operations, nbytes = OPERATIONS.get(device.type, OPERATIONS["cpu"]), BYTES.get(device.type, BYTES["cpu"])
+    if device.type == "cuda" and torch.cuda.is_available():
+        nbytes = torch.cuda.get_device_properties(device).total_memory // 4
     rows = sum(min(shape[0], hidden) for shapes in readers for shape in shapes)
     # Forward and backward each multiply a step's tokens and rows by Q; Cayley's map costs about three inversions.
     a_norm = 4 * hidden**2 * (TOKENS + rows / norms)
