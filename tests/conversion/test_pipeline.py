@@ -20,7 +20,7 @@ from wina_convert.errors import OptionError
 from wina_convert.format.names import MANIFEST
 from wina_convert.progress import lines
 
-FAST: dict[str, Any] = {"samples": 4, "seq_len": 32, "batch_size": 8}
+FAST: dict[str, Any] = {"samples": 4, "seq_len": 32, "batch_size": 8, "basis": "none"}
 
 
 @pytest.mark.slow

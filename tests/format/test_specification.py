@@ -29,7 +29,7 @@ from wina_convert.runtime.linear import WinaLinear, gated_modules
 ROOT = Path(__file__).parent.parent.parent
 TEXT = (ROOT / "wina_convert" / "format" / "README.md").read_text("utf-8")
 GOLDEN = ROOT / "tests" / "golden" / "v1"
-SMALL: dict[str, Any] = {"samples": 4, "seq_len": 16}
+SMALL: dict[str, Any] = {"samples": 4, "seq_len": 16, "basis": "none"}
 SPARSITIES = [None, 0.0, 0.25, 0.333, 0.8, 0.95]
 FORMATS = {"F32": "<f4", "F16": "<f2"}
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -29,6 +29,8 @@ from .options import IDENTITY, REPORT, ConversionOptions, documented
 from .plan import make_plan
 from .proof import prove
 from .staging import staged
+from .turn import carried_basis, find_basis, plan_turn, restored_basis, turned_source
+from .turn_proof import check_turned
 
 
 @documented
@@ -66,10 +68,12 @@ def convert(
     source = open_source(
         model, asked.revision, asked.token, asked.trust_remote_code, asked.dry_run, tqdm_class, progress
     )
-    plan = make_plan(source, asked.targets, asked.ignore, asked.dtype)
+    turn = plan_turn(source, asked.basis, device)
+    plan = make_plan(turn.source if turn else source, asked.targets, asked.ignore, asked.dtype)
+    basis = turn.shown() if turn else {"kind": "none"}
     length = sequence_length(source, asked.seq_len)
     if asked.dry_run:
-        return plan_report(source, plan, asked.sparsity, asked.samples, length, device)
+        return plan_report(source, plan, turn, asked.sparsity, asked.samples, length, device)
     check_space(Path(out), disk_bytes(source, plan, asked.sparsity, asked.samples, length))
     # A CPU gains nothing from more sequences at a time, and one by one they give the same bits.
     at_a_time = 1 if device.type == "cpu" else asked.batch_size
@@ -86,6 +90,7 @@ def convert(
         modules=[projection.name for projection in plan.projections],
         scheme=plan.scheme.name,
         allocation=plan.budget.allocation,
+        basis=basis,
         calibration={
             "text": text,
             "samples": len(tokens),
@@ -105,19 +110,26 @@ def convert(
         "calibration": config.calibration | {"held_out_sha256": hashlib.sha256(held_out.numpy().tobytes()).hexdigest()},
     }
     with staged(Path(out), identity, asked.resume, asked.keep, asked.overwrite) as staging:
-        folder = staging.folder
+        folder, written, carried, differs = staging.folder, source, {}, None
+        if turn:
+            found = restored_basis(turn, staging.snapshot) or find_basis(
+                turn, plan.dtype, tokens, at_a_time, device, asked.seed, progress
+            )
+            differs = check_turned(turn, found, held_out, device, progress)
+            written, carried = turned_source(turn, found, device), carried_basis(found)
         with ShardWriter(folder, plan.tensors, asked.max_shard_size, staging.snapshot is not None) as shards:
             curves = write_layers(
-                source, plan, config, tokens, at_a_time, device, shards, staging, progress, asked.plot
+                written, plan, config, tokens, at_a_time, device, shards, staging, carried, progress, asked.plot
             )
-        write_config(folder, source, config, plan)
+        write_config(folder, written, config, plan)
         copy_sidecars(source, folder)
-        proof = prove(source, plan, folder, held_out, device, at_a_time, progress)
+        proof = prove(written, plan, folder, held_out, device, at_a_time, progress, origin=source if turn else None)
         report = {
             "versions": versions,
             "source": config.source,
             "options": used.deciding(REPORT),
             **shape_report(plan, used.sparsity),
+            "basis": basis | ({"logits_differ": differs} if turn else {}),
             "calibration": config.calibration,
             "verification": {"sequences": len(held_out), **proof.as_dict()},
         }
