@@ -54,7 +54,9 @@ def test_depth_does_not_raise_the_peak(tmp_path: Path):
         source = make_model("llama", tmp_path / f"{depth}", torch.bfloat16, num_hidden_layers=depth, **LAYER)
         peaks[depth] = peak_of_turning(source, "pca")
     layer = sizes(source)[0]
-    values = 4 * 8 * 8 * 64 * 64  # bytes a layer: moments, Gram matrices, bases and inverses of 8 heads of 64, in float64
+    values = (
+        4 * 8 * 8 * 64 * 64
+    )  # bytes a layer: moments, Gram matrices, bases and inverses of 8 heads of 64, in float64
     assert peaks[16] - peaks[4] < 2 * layer + 12 * values + 16 * MB  # 12 layers more are 73 MB
 
 
