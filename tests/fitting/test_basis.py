@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.paths import tensors_of
 
 from support.bases import CPU, difference, logits, random_basis, random_orthogonal, random_tokens, turn_of, write_turned
 from support.families import FAMILIES, make_model
+from support.folders import tensors_of
 from wina_convert.architectures import ARCHITECTURES, Residual
 from wina_convert.conversion.turn import read_turned
 from wina_convert.conversion.turn_proof import check_turned

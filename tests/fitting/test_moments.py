@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.paths import config_of, tensors_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from support.bases import CPU, random_tokens, turn_of
 from support.families import FAMILIES, make_model
+from support.folders import config_of, tensors_of
 from wina_convert.conversion import turn as turning
 from wina_convert.conversion.turn import find_basis, gather, plan_turn, read_turned
 from wina_convert.errors import CalibrationError, OptionError, SourceError

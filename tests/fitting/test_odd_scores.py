@@ -5,12 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.paths import tensors_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import wina_convert
 from support.families import make_model
+from support.folders import tensors_of
 from support.products import DTYPES, check, randn
 from support.reference import logits
 from wina_convert.fitting.calibrate import calibrate_layer

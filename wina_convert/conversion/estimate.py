@@ -51,7 +51,7 @@ def plan_report(
 ) -> dict[str, Any]:
     """What a dry run tells: what would be gated, bytes a token before and after, time and disk."""
     calibrated = len(levels(sparsity)) * (samples + min(PILOT, samples))
-    passes = calibrated + 3 * HELD_OUT + (samples if turn else 0)  # sequences that go through a layer
+    passes = calibrated + 3 * HELD_OUT + (2 * samples if turn else 0)  # sequences that go through a layer
     layer_weights = sum(spec.numel for spec in source.tensors.values()) - plan.embedding_bytes // plan.dtype.itemsize
     scored = calibrated * length * sum(projection.in_features for projection in plan.projections)
     rate = product_rate(plan, length, device)

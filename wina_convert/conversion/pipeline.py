@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from .. import __version__
 from ..fitting.thresholds import levels
@@ -31,6 +32,10 @@ from .proof import prove
 from .staging import staged
 from .turn import carried_basis, find_basis, plan_turn, restored_basis, turned_source
 from .turn_proof import check_turned
+
+BASIS_TEXT = (
+    2  # a basis is found on so many times the sequences that thresholds are fitted on: a dense pass costs little
+)
 
 
 @documented
@@ -79,9 +84,11 @@ def convert(
     at_a_time = 1 if device.type == "cpu" else asked.batch_size
 
     documents = read_documents(asked.calibration)
-    packed = sequences(documents, load_tokenizer(source), length, asked.samples + HELD_OUT, asked.calibration)
+    wanted = asked.samples * (BASIS_TEXT if turn else 1)
+    packed = sequences(documents, load_tokenizer(source), length, wanted + HELD_OUT, asked.calibration)
     check_vocabulary(packed, source)
-    tokens, held_out = split(packed, asked.samples, asked.seed)
+    seen, held_out = split(packed, wanted, asked.seed)
+    tokens = seen[: asked.samples]
     text = Path(asked.calibration).name if Path(asked.calibration).is_file() else asked.calibration
     used = replace(asked, seq_len=length, calibration=text, device=str(device))
     config = WinaConfig(
@@ -97,7 +104,7 @@ def convert(
             "seq_len": length,
             "seed": used.seed,
             "levels": list(levels(used.sparsity)),
-            "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+            "tokens_sha256": digest(tokens),
         },
         source={"name": source.name, "revision": source.revision},
         tool_version=__version__,
@@ -107,16 +114,17 @@ def convert(
         "source": config.source | {"files": fingerprints(source)},
         "versions": versions,
         "options": used.deciding(REPORT, IDENTITY),
-        "calibration": config.calibration | {"held_out_sha256": hashlib.sha256(held_out.numpy().tobytes()).hexdigest()},
+        "calibration": config.calibration | {"seen_sha256": digest(seen), "held_out_sha256": digest(held_out)},
     }
     with staged(Path(out), identity, asked.resume, asked.keep, asked.overwrite) as staging:
         folder, written, carried, differs = staging.folder, source, {}, None
         if turn:
             found = restored_basis(turn, staging.snapshot) or find_basis(
-                turn, plan.dtype, tokens, at_a_time, device, asked.seed, progress
+                turn, plan.dtype, seen, at_a_time, device, asked.seed, progress
             )
             differs = check_turned(turn, found, held_out, device, progress)
-            written, carried = turned_source(turn, found, device), carried_basis(found)
+            written = turned_source(turn, found, plan.dtype if plan.cast else None, device)
+            carried = carried_basis(found)
         with ShardWriter(folder, plan.tensors, asked.max_shard_size, staging.snapshot is not None) as shards:
             curves = write_layers(
                 written, plan, config, tokens, at_a_time, device, shards, staging, carried, progress, asked.plot
@@ -139,6 +147,11 @@ def convert(
             pictures.draw_conversion(folder, report, curves)
         write_manifest(folder)
     return report
+
+
+def digest(tokens: Tensor) -> str:
+    """SHA-256 of token ids."""
+    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
 
 
 def fingerprints(source: Source) -> dict[str, Any]:

@@ -14,7 +14,17 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architectures import Residual
 from ..errors import OptionError, SourceError
-from ..fitting.basis import Basis, Fold, Geometry, balanced_values, fold_tensor, geometry, plan_folds
+from ..fitting.basis import (
+    Basis,
+    Fold,
+    Geometry,
+    balanced_values,
+    basis_tensors,
+    fold_tensor,
+    geometry,
+    plan_folds,
+    stored_basis,
+)
 from ..fitting.fit_basis import STEPS, Budget, budget_of, fit_basis, principal_axes
 from ..fitting.moments import Moments, empty_moments, gather_layer, pick_tokens
 from ..format.shards import TensorSpec, read_rows, read_tensors
@@ -24,6 +34,7 @@ from ..progress import Progress
 from ..runtime.keys import checkpoint_keys
 from .staging import Snapshot
 
+CARRIED = "basis/"  # before the names of its tensors in a snapshot
 KINDS = ("none", "pca", "fitted", "auto")
 SLICE = 1 << 22  # bytes read at a time of a tensor that is folded row by row
 
@@ -67,39 +78,42 @@ class TurnedSource(Source):
     Attributes:
         turn: what is turned.
         basis: the basis.
+        dtype: of floating-point tensors; None: as they are stored.
         device: to fold on.
     """
 
     turn: Turn = field(kw_only=True)
     basis: Basis = field(kw_only=True)
+    dtype: torch.dtype | None = field(kw_only=True)
     device: torch.device = field(kw_only=True)
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors by key, in the new basis."""
-        return read_turned(self.turn, self.basis, keys, self.device)
+        return read_turned(self.turn, self.basis, keys, self.device, self.dtype)
 
     def is_stored(self, key: str) -> bool:
         """Whether the tensor is in the files as it is."""
         return key not in self.turn.folds
 
 
-def turned_source(turn: Turn, basis: Basis, device: torch.device) -> TurnedSource:
+def turned_source(turn: Turn, basis: Basis, dtype: torch.dtype | None, device: torch.device) -> TurnedSource:
     """The source in its basis."""
-    return TurnedSource(**vars(turn.source), turn=turn, basis=basis, device=device)
+    return TurnedSource(**vars(turn.source), turn=turn, basis=basis, dtype=dtype, device=device)
 
 
 def carried_basis(basis: Basis) -> dict[str, Tensor]:
-    """A basis as named tensors, for a snapshot."""
-    tensors = {"basis/values": basis.values, "basis/inverses": basis.inverses}
-    return tensors if basis.residual is None else tensors | {"basis/residual": basis.residual}
+    """What a snapshot holds of a basis."""
+    return {CARRIED + name: tensor for name, tensor in basis_tensors(basis).items()}
 
 
 def restored_basis(turn: Turn, snapshot: Snapshot | None) -> Basis | None:
     """The basis that an interrupted conversion found; None where it must be found."""
     if snapshot is None:
         return None
-    found = snapshot.tensors
-    return Basis(turn.kind, found.get("basis/residual"), found["basis/values"], found["basis/inverses"])
+    found = {
+        name.removeprefix(CARRIED): tensor for name, tensor in snapshot.tensors.items() if name.startswith(CARRIED)
+    }
+    return stored_basis(turn.kind, found)
 
 
 def plan_turn(source: Source, kind: str, device: torch.device) -> Turn | None:

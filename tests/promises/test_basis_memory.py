@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_memory import HIDDEN, LAYER, LENGTH, MB, SAMPLES, sizes
 
 from support.families import make_model
+from support.memory import HIDDEN, LAYER, LENGTH, MB, SAMPLES, sizes
 
 TURN = f"""
 import sys
