@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ...scoring import dropped
-from . import cpu, reference
+from . import cpu, cuda, reference
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 # Not `torch.library.custom_op`: its layers of Python cost as much as a small product.
@@ -17,6 +17,7 @@ torch.library.define(
 torch.library.define("wina::dense_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=_TAGS)
 torch.library.impl("wina::gated_linear", "default", reference.gated_linear)
 torch.library.impl("wina::gated_linear", "cpu", cpu.gated_linear)
+torch.library.impl("wina::gated_linear", "cuda", cuda.gated_linear)
 torch.library.impl("wina::dense_linear", "default", linear)
 torch.library.impl("wina::dense_linear", "cpu", cpu.dense_linear)
 
