@@ -1,14 +1,18 @@
 """Fixtures that several test files share."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: tests use no network
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch is: a process a core, and tiny models gain nothing from threads
+# before torch is: a process a core, and tiny models gain nothing from threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
+from support import TINY
+from support.shared import Once
 from transformers.utils import logging
 
 from wina_convert import convert
@@ -17,19 +21,49 @@ logging.disable_progress_bar()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=40, help="how often tests/test_kill.py kills a conversion")
+    parser.addoption("--kills", type=int, default=40, help="how often tests/promises/test_kill.py kills a conversion")
     parser.addoption("--kill-seed", type=int, default=0, help="seed of the moments")
 
 
 @pytest.fixture(scope="session")
 def tiny() -> Path:
     """The embedded trained model: llama, 4 layers, hidden 128, tied, float32, context 256."""
-    return Path(__file__).parent / "models" / "wina-lab-tiny"
+    return TINY
 
 
 @pytest.fixture(scope="session")
-def wina_tiny(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Makes folders that all workers share."""
+    return Once(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def wina_tiny(tiny: Path, once: Once) -> Path:
     """`tiny`, converted at 50%. Shared: do not change it, copy it."""
-    folder = tmp_path_factory.mktemp("shared") / "wina-lab-tiny-wina"
-    convert(str(tiny), folder, samples=8, seq_len=64)
-    return folder
+    return once("wina-lab-tiny-wina", lambda folder: convert(str(tiny), folder, samples=8, seq_len=64))
+
+
+@pytest.fixture(scope="module")
+def source(request: pytest.FixtureRequest, once: Once) -> Path:
+    """The model that a test file names in `MODEL`, with random weights. Shared: copy it to change it."""
+    return once.source(request.module.MODEL)
+
+
+@pytest.fixture(scope="module")
+def converted(request: pytest.FixtureRequest, once: Once) -> Path:
+    """That, converted. Shared: copy it to change it."""
+    return once.converted(request.module.MODEL)
+
+
+@pytest.fixture
+def copied(converted: Path, tmp_path: Path) -> Path:
+    """A copy of `converted` to change."""
+    return Path(shutil.copytree(converted, tmp_path / "out"))
+
+
+@pytest.fixture
+def threads_as_before() -> Iterator[None]:
+    """Torch has as many threads after a test as before it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -1,11 +1,12 @@
 """The bundled calibration text: what its README says of it."""
 
 import hashlib
-from pathlib import Path
 
-from wina_convert.text import bundled_files, read_documents
+from support import ROOT
 
-FOLDER = Path(__file__).parent.parent / "calibration"
+from wina_convert.models.documents import bundled_files, read_documents
+
+FOLDER = ROOT / "calibration"
 OTHER_LANGUAGES = {"german.txt", "french.txt", "spanish.txt", "chinese.txt", "japanese.txt"}
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import click
 import pytest
 from hatchling.builders.wheel import WheelBuilder
+from support import ROOT
 
 import wina_convert as package
 from wina_convert import cli
 from wina_convert.architectures import ARCHITECTURES
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 
 
@@ -45,6 +45,12 @@ def test_ci_runs_the_test_command_of_the_readme_and_the_linters() -> None:
     assert all(command in script for command in ("ruff check", "ruff format --check", "mypy --strict"))
 
 
+def test_the_quick_check_runs_the_linters_and_all_tests_but_the_marked_ones() -> None:
+    script = (ROOT / ".ci" / "quick").read_text()
+    assert all(command in script for command in ("ruff check", "ruff format --check", "mypy --strict"))
+    assert script.rstrip().endswith('-m pytest -m "not promise and not slow"')
+
+
 def test_the_constraints_pin_torch_and_transformers() -> None:
     pins = (ROOT / ".ci" / "constraints.txt").read_text().splitlines()
     assert {"torch==2.13.0", "transformers==5.23.0"} <= set(pins)
@@ -74,9 +80,9 @@ def test_the_verb_table_is_the_group() -> None:
 
 def test_every_promise_names_a_test_that_is_there() -> None:
     for _, held_by in table_rows("Promises"):
-        files = re.findall(r"tests/\w+\.py", held_by)
+        files = re.findall(r"`(tests/[\w/.]+)`", held_by)
         assert files
-        assert all((ROOT / file).is_file() for file in files), held_by
+        assert all((ROOT / file).exists() for file in files), held_by
 
 
 def test_the_family_table_is_the_supported_families() -> None:

@@ -15,14 +15,20 @@ from .errors import WinaError
 from .runtime.autoload import arm
 
 if TYPE_CHECKING:
-    from .config import WinaConfig
-    from .conversion import convert
-    from .runtime.loader import load, set_sparsity
+    from .conversion.pipeline import convert
+    from .format.config import WinaConfig
+    from .runtime.install import set_sparsity
+    from .runtime.loader import load
 
 __version__ = "0.3.0"
 __all__ = ["WinaConfig", "WinaError", "convert", "load", "set_sparsity"]
 
-_LAZY = {"WinaConfig": "config", "convert": "conversion", "load": "runtime.loader", "set_sparsity": "runtime.loader"}
+_LAZY = {
+    "WinaConfig": "format.config",
+    "convert": "conversion.pipeline",
+    "load": "runtime.loader",
+    "set_sparsity": "runtime.install",
+}
 
 arm()
 

@@ -1,5 +1,8 @@
 """The errors this package raises. Each message says what, where, what was got, and what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 def one_line(error: BaseException) -> str:
     """What an error says, without line breaks."""
@@ -37,3 +40,16 @@ class CheckpointError(WinaError):
 
 class VerificationError(WinaError):
     """A written checkpoint does not do what the source does."""
+
+
+@contextmanager
+def as_checkpoint_error(where: object = "") -> Iterator[None]:
+    """Within the block, what is wrong with a folder is wrong with a checkpoint: SourceError becomes CheckpointError.
+
+    Args:
+        where: named before the message, where it does not name the folder itself.
+    """
+    try:
+        yield
+    except SourceError as error:
+        raise CheckpointError(f"{where}: {error}" if where else str(error)) from error

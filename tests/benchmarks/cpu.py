@@ -14,11 +14,13 @@ from pathlib import Path
 import click
 import torch
 
-from wina_convert.bench import Benchmark, bench_model, bench_products, make_dense, random_model
-from wina_convert.config import WinaConfig
+from wina_convert.format.config import WinaConfig
 from wina_convert.progress import bars, silent
 from wina_convert.runtime.linear import gated_modules
 from wina_convert.runtime.loader import WinaQuantizer
+from wina_convert.verbs.bench import bench_model, make_dense, random_model
+from wina_convert.verbs.bench_products import bench_products
+from wina_convert.verbs.benchmark import Benchmark
 
 PEAK = """
 import re, sys, torch

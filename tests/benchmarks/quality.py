@@ -12,8 +12,8 @@ from pathlib import Path
 import click
 
 import wina_convert
-from wina_convert.evaluate import evaluate
 from wina_convert.progress import bars
+from wina_convert.verbs.evaluate import evaluate
 
 
 @click.command()

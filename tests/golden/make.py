@@ -20,10 +20,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokeniz
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from families import random_weights
+from support.families import random_weights
 
 from wina_convert import convert, load
-from wina_convert.config import FORMAT_VERSION
+from wina_convert.format.config import FORMAT_VERSION
 
 CHARACTERS = " abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,;:!?'\"-"
 SPARSITIES = {"0": 0.0, "default": None, "0.8": 0.8}

@@ -1,1 +1,1 @@
-"""What a loaded WINA model runs. Small, and imports nothing of the converter."""
+"""What a loaded WINA model runs. Small, and imports nothing of the package but `format` and `errors`."""

@@ -1,16 +1,19 @@
 """WinaLinear: a projection that skips the inputs that do not matter for a token. DenseLinear: one that reads all of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from ..scoring import cutoffs, threshold_at
+from ..format.curve import threshold_at
+from ..format.names import COLUMN_NORMS, THRESHOLDS
 from .kernels import dense_linear, gated_linear
+from .rule import cutoffs
 
-EXACT = ("column_norms", "thresholds", "tau")  # stay float32 when the model is cast
+EXACT = (COLUMN_NORMS, THRESHOLDS, "tau")  # stay float32 when the model is cast
 
 
 class WinaLinear(nn.Module):
@@ -78,6 +81,15 @@ class WinaLinear(nn.Module):
         self.sparsity = sparsity
         self.tau = None if self.thresholds.is_meta else self._cutoffs()
 
+    def set_threshold(self, threshold: Tensor | float) -> None:
+        """Skip the inputs whose score is at most this, a float32 scalar, instead of what the stored curve says."""
+        value = torch.as_tensor(threshold, dtype=torch.float32, device=self.column_norms.device)
+        self.tau = cutoffs(value, self.column_norms)
+
+    def forget_threshold(self) -> None:
+        """Drop the cutoffs, whose memory is the layer's; each call computes them until a threshold is set again."""
+        self.tau = None
+
     def _cutoffs(self) -> Tensor:
         return cutoffs(threshold_at(self.thresholds, self.grid, self.sparsity), self.column_norms).detach()
 
@@ -123,3 +135,22 @@ class DenseLinear(nn.Linear):
 def gated_modules(model: nn.Module) -> dict[str, WinaLinear]:
     """The gated projections of a model by name, in its order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, WinaLinear)}
+
+
+@contextmanager
+def observing(gates: Mapping[str, WinaLinear], see: Callable[[str, WinaLinear, Tensor], object]) -> Iterator[None]:
+    """Within the block, call see(name, gate, x) with each x [..., in] that is about to enter one of the projections."""
+
+    def observe(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            assert isinstance(module, WinaLinear)
+            see(name, module, inputs[0])
+
+        return hook
+
+    handles = [gate.register_forward_pre_hook(observe(name)) for name, gate in gates.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

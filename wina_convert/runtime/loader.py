@@ -3,20 +3,22 @@
 Imported by `autoload` once transformers' table of quantizers exists; importing it registers the plug-in.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from ..config import INSTALL, WinaConfig, check_sparsity
-from ..errors import CheckpointError, SourceError, WinaError, one_line
-from .linear import DenseLinear, WinaLinear, gated_modules
+from ..errors import CheckpointError, WinaError, as_checkpoint_error, one_line
+from ..format.checkpoint import open_checkpoint
+from ..format.config import WinaConfig
+from ..format.names import INSTALL, WEIGHT
+from ..format.shards import sentinel
+from .install import configure, install
+from .linear import gated_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,7 +59,7 @@ class WinaQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         name = next(iter(gated_modules(model)))
-        return model.state_dict() | {f"{name}.weight": sentinel()}, {}
+        return model.state_dict() | {f"{name}.{WEIGHT}": sentinel()}, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -71,55 +73,11 @@ class WinaQuantizer(HfQuantizer):
         return True
 
 
-def sentinel() -> torch.Tensor:
-    """An empty tensor stored under the plain weight name of the first gated projection.
-
-    Without this package transformers would fill the gated projections with random numbers; the wrong shape makes it raise.
-    """
-    return torch.empty(0)
-
-
 def accept(config: Any) -> Any:
     """Take out the field with which a plain transformers refuses the folder and names the package to install."""
     if getattr(config, "transformers_weights", None) == INSTALL:
         del config.transformers_weights
     return config
-
-
-def install(model: nn.Module, config: WinaConfig) -> None:
-    """Replace the modules that `config.modules` names by empty WinaLinears, on the modules' own device.
-
-    The linear modules that stay dense become DenseLinears. The names match by dotted suffix: `model.layers.0...` of a
-    causal LM is `layers.0...` in its base model.
-
-    Raises:
-        CheckpointError: a name matches nothing or something that is not a linear projection.
-    """
-    linears = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
-    for gated in config.modules:
-        matches = [
-            name for name in linears if name == gated or gated.endswith(f".{name}") or name.endswith(f".{gated}")
-        ]
-        if len(matches) != 1:
-            raise CheckpointError(
-                f"config.json gates {gated!r}, which matches {len(matches)} linear projections of this "
-                f"{type(model).__name__}; the checkpoint is damaged or not meant for it"
-            )
-        plain = linears[matches[0]]
-        # nn.Linear stores [out, in], Conv1D [in, out]
-        in_features, out_features = plain.weight.shape if isinstance(plain, Conv1D) else plain.weight.shape[::-1]
-        replacement = WinaLinear(
-            in_features, out_features, config.grid, plain.bias is not None, plain.weight.dtype, plain.weight.device
-        )
-        model.set_submodule(matches[0], replacement)
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = DenseLinear
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
-    if config.modules:
-        suffix = ".".join(config.modules[0].split(".")[-4:])
-        kind = set if isinstance(ignored, set) else list  # it was a list in earlier transformers 5
-        model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), rf"{re.escape(suffix)}\.weight$"])  # type: ignore[assignment]
 
 
 def check_files(model: "PreTrainedModel", files: Sequence[str]) -> None:
@@ -129,69 +87,20 @@ def check_files(model: "PreTrainedModel", files: Sequence[str]) -> None:
         CheckpointError: the weights are pickled, the folder is damaged or leads out of itself, a tensor is missing or has
             another shape. New heads, such as a classifier's, need no tensor.
     """
-    from ..checkpoint import open_checkpoint  # both import transformers, which imports this module
-    from ..stream import check_parameters, checkpoint_keys
+    from .keys import check_parameters, checkpoint_keys  # here, because transformers imports this module
 
     if pickled := [file for file in files if not file.endswith(".safetensors")]:
         raise CheckpointError(f"{pickled[0]} may run code when read; a WINA checkpoint is in safetensors: get it again")
-    specs = open_checkpoint(Path(files[0]).parent).source.tensors
+    folder = Path(files[0]).parent
+    specs = open_checkpoint(folder).folder.tensors
     if {Path(file).name for file in files} != {spec.file for spec in specs.values()}:
-        raise CheckpointError(
-            f"{Path(files[0]).parent}: config.json names other weights than the folder's; do not use it"
-        )
+        raise CheckpointError(f"{folder}: config.json names other weights than the folder's; do not use it")
     head = model.get_output_embeddings()
     base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
     heads = {f"{name}.weight" for name, module in model.named_modules() if module is head}
     new = [name for name in model.state_dict() if not name.startswith(base) and name not in heads]
-    try:
+    with as_checkpoint_error(folder):
         check_parameters(model, checkpoint_keys(model, specs), specs, new)
-    except SourceError as error:
-        raise CheckpointError(f"{Path(files[0]).parent}: {error}") from error
-
-
-def configure(model: nn.Module, config: WinaConfig) -> None:
-    """Set sparsity and prefill of every gated projection from the config; the weights are loaded.
-
-    Raises:
-        CheckpointError: norms or thresholds are no such numbers.
-    """
-    for name, module in gated_modules(model).items():
-        norms, curve = module.column_norms, module.thresholds
-        good = (
-            (norms.isfinite() & (norms >= 0)).all()
-            & curve.isfinite().all()
-            & (curve[0] == 0)
-            & (curve.diff() >= 0).all()
-        )
-        if not good.is_meta and not good:
-            raise CheckpointError(
-                f"{name}: column norms are not finite and positive, or thresholds not ascending from 0; the checkpoint is "
-                "damaged: get or convert it again"
-            )
-        module.dense_prefill = config.prefill == "dense"
-        module.set_sparsity(config.sparsity or 0.0)
-
-
-def set_sparsity(model: nn.Module, sparsity: float) -> None:
-    """Change the sparsity of a loaded model in place; no file is touched.
-
-    Args:
-        model: what `load` or `from_pretrained` returned.
-        sparsity: fraction of inputs to skip, within [0, 0.95].
-
-    Raises:
-        OptionError: the sparsity is outside that range.
-        CheckpointError: the model has no gated projection.
-    """
-    modules = gated_modules(model)
-    if not modules:
-        raise CheckpointError(f"{type(model).__name__} has no gated projection; load a WINA checkpoint")
-    sparsity = check_sparsity(sparsity)
-    for module in modules.values():
-        module.set_sparsity(sparsity)
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    if isinstance(config, WinaConfig):
-        config.sparsity = sparsity
 
 
 def load(path: str, sparsity: float | None = None, prefill: str | None = None, **kwargs: Any) -> Any:
@@ -208,8 +117,6 @@ def load(path: str, sparsity: float | None = None, prefill: str | None = None, *
         CheckpointError: the folder is not a WINA checkpoint that this version can read.
     """
     from transformers import AutoModelForCausalLM  # here, because transformers imports this module
-
-    from ..checkpoint import open_checkpoint
 
     chosen = WinaConfig(sparsity=sparsity, prefill=prefill)
     if chosen.get_loading_attributes():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, linear
 
-from ...scoring import dropped, gate
+from ..rule import dropped, gate
 from . import reference
 
 FEW_ROWS = 8  # rows of a call that read each row of the weight once for all of them

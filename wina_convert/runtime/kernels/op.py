@@ -1,35 +1,63 @@
 """The torch ops that every projection of a gated model calls; a kernel for each kind of device stands behind them."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ...scoring import dropped
+from ..rule import dropped
 from . import cpu, cuda, reference
 
-_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+@dataclass(frozen=True)
+class Product:
+    """A product with a weight that is stored in one way.
+
+    Attributes:
+        schema: arguments and result of its op; the second argument is the weight.
+        outputs: which dimension of the stored weight the outputs are.
+        kernels: what computes it on each kind of device, under torch's names for them; "default" on all others.
+    """
+
+    schema: str
+    outputs: int
+    kernels: Mapping[str, Callable[..., Tensor]]
+
+
+# The op for each way in which a weight is stored. To add a kernel, add its device; to add a packed weight, add a product.
+PRODUCTS = {
+    # [in, out]: an input that is skipped is a row that is not read
+    "wina::gated_linear": Product(
+        "(Tensor x, Tensor weight_t, Tensor tau, Tensor? bias) -> Tensor",
+        outputs=1,
+        kernels={"default": reference.gated_linear, "cpu": cpu.gated_linear, "cuda": cuda.gated_linear},
+    ),
+    # [out, in], as torch stores it: everything is read
+    "wina::dense_linear": Product(
+        "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+        outputs=0,
+        kernels={"default": linear, "cpu": cpu.dense_linear},
+    ),
+}
+
+
+def _fake(outputs: int) -> Callable[..., Tensor]:
+    def empty(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+        torch._check(x.device == weight.device, lambda: f"x is on {x.device} and the weight on {weight.device}")
+        return x.new_empty((*x.shape[:-1], weight.shape[outputs]))
+
+    return empty
+
+
 # Not `torch.library.custom_op`: its layers of Python cost as much as a small product.
-torch.library.define(
-    "wina::gated_linear", "(Tensor x, Tensor weight_t, Tensor tau, Tensor? bias) -> Tensor", tags=_TAGS
-)
-torch.library.define("wina::dense_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=_TAGS)
-torch.library.impl("wina::gated_linear", "default", reference.gated_linear)
-torch.library.impl("wina::gated_linear", "cpu", cpu.gated_linear)
-torch.library.impl("wina::gated_linear", "cuda", cuda.gated_linear)
-torch.library.impl("wina::dense_linear", "default", linear)
-torch.library.impl("wina::dense_linear", "cpu", cpu.dense_linear)
-
-
-torch.library.register_fake("wina::gated_linear", lambda x, weight_t, tau, bias: _empty(x, weight_t, weight_t.shape[1]))
-torch.library.register_fake("wina::dense_linear", lambda x, weight, bias: _empty(x, weight, weight.shape[0]))
-
-
-def _empty(x: Tensor, weight: Tensor, n_out: int) -> Tensor:
-    torch._check(x.device == weight.device, lambda: f"x is on {x.device} and the weight on {weight.device}")
-    return x.new_empty((*x.shape[:-1], n_out))
-
+for name, product in PRODUCTS.items():
+    torch.library.define(name, product.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for device, kernel in product.kernels.items():
+        torch.library.impl(name, device, kernel)
+    torch.library.register_fake(name, _fake(product.outputs))
 
 _gated_linear = torch.ops.wina.gated_linear.default
 _dense_linear = torch.ops.wina.dense_linear.default

@@ -1,0 +1,99 @@
+"""The card of a checkpoint."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from support.commands import SMALL, contents, run, succeeded
+
+MODEL = "one layer"  # see support/shared.py
+
+
+def with_card(source: Path, folder: Path, card: str | bytes) -> ModelCard:
+    """The card of what a source with this card becomes."""
+    shutil.copytree(source, folder)
+    (folder / "README.md").write_bytes(card.encode() if isinstance(card, str) else card)
+    succeeded(run(folder, "--out", folder.parent / "out", *SMALL))
+    return ModelCard.load(folder.parent / "out" / "README.md")
+
+
+def test_a_card_carries_what_the_source_card_says(source: Path, tmp_path: Path):
+    text = """---
+license: other
+license_name: own
+license_link: LICENSE
+language: [de, zh]
+tags: [stories, wina]
+datasets: [org/stories]
+base_model: org/larger
+model-index: []
+---
+# Stories
+"""
+    card = with_card(source, tmp_path / "source", text)
+    data = card.data.to_dict()
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "own", "LICENSE")
+    assert data["language"] == ["de", "zh"]
+    assert data["datasets"] == ["org/stories"]
+    assert data["tags"] == ["stories", "wina", "activation-sparsity"]
+    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
+    assert "base_model" not in data  # a folder is no model of the Hub
+
+
+@pytest.mark.parametrize(
+    ("metadata", "field", "value"),
+    [
+        ("license: mit\nlanguage: de\ntags: stories", "tags", {"stories", "wina", "activation-sparsity"}),
+        ("license: mit\nlanguage: de\ntags: stories", "language", {"de"}),
+        ("language:\n- 'no'\n- en", "language", {"no", "en"}),  # to YAML, an unquoted no is false
+    ],
+)
+def test_a_single_value_or_a_word_that_yaml_misreads_is_carried(
+    metadata: str, field: str, value: set[str], source: Path, tmp_path: Path
+):
+    found = with_card(source, tmp_path / "source", f"---\n{metadata}\n---\n").data.to_dict()[field]
+    assert set([found] if isinstance(found, str) else found) == value
+
+
+@pytest.mark.parametrize(
+    "card", ["", "no metadata", "---\n: broken: [yaml\n---\n", "---\ntags: 7\n---\n", b"---\nlicense: \xff\n---\n"]
+)
+def test_a_source_without_a_usable_card_gets_one(card: str | bytes, source: Path, tmp_path: Path):
+    assert {"wina", "activation-sparsity"} <= set(with_card(source, tmp_path / "source", card).data.tags)
+
+
+def test_a_card_shows_what_was_measured(converted: Path):
+    card = ModelCard.load(converted / "README.md")
+    report = json.loads((converted / "wina_report.json").read_text())
+    held_out = report["verification"]["held_out"]
+    assert f"| perplexity | {held_out['dense_perplexity']:.3f} | {held_out['perplexity']:.3f} |" in card.text
+    assert f"| sparsity achieved | 0% | {held_out['achieved']:.2%} |" in card.text
+    assert "AutoModelForCausalLM.from_pretrained" in card.text
+    assert "{" not in card.text.replace("{#", "")
+
+
+def test_the_command_on_a_card_makes_the_same_checkpoint(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    options = (
+        "--sparsity",
+        "0.3",
+        "--seed",
+        "3",
+        "--batch-size",
+        "2",
+        "--dtype",
+        "bfloat16",
+        "--max-shard-size",
+        "1MB",
+    )
+    patterns = ("--targets", "mlp,*.q_proj", "--ignore", "*.layers.0.*.up_proj")
+    out = tmp_path / "out"
+    succeeded(run(source, "--out", out, *SMALL, *options, *patterns))
+    (line,) = [line for line in (out / "README.md").read_text().splitlines() if line.startswith("`wina-convert")]
+    command = shlex.split(line.split("`")[1])
+    monkeypatch.chdir(source.parent)  # a folder is named by its last part
+    again = [str(tmp_path / "again") if word == "DIR" else word for word in command[1:]]
+    succeeded(run(*again, "--quiet"))
+    assert contents(tmp_path / "again") == contents(out)

@@ -1,0 +1,79 @@
+"""The memory a conversion needs: two decoder layers, the embeddings and the hidden states, whatever the depth.
+
+Measured in a process of its own, where nothing else was ever loaded. Its peak counts everything resident, the pages of
+mapped files and the libraries included.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from support.families import make_model
+
+SAMPLES, LENGTH, HIDDEN = 2, 16, 512
+LEVELS = 4  # hidden states that calibration carries: three levels of sparsity, and those after the embedding
+MB = 1 << 20
+
+CONVERT = f"""
+import sys
+import wina_convert
+options = dict(samples={SAMPLES}, seq_len={LENGTH}, batch_size=16, device="cpu")
+wina_convert.convert(sys.argv[1], sys.argv[2], plot="plot" in sys.argv, **options)
+status = open("/proc/self/status").read()  # not getrusage: its peak starts at that of the parent process
+print(status.split("VmHWM:")[1].split()[0])
+"""
+LAYER: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 1408,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+}
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads the peak memory of a process from /proc"
+)
+
+
+def sizes(folder: Path) -> tuple[int, int]:
+    """Bytes of the largest decoder layer, and of everything outside the layers."""
+    layers: dict[str, int] = {}
+    outside = 0
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if name.startswith("model.layers."):
+            layers[name.split(".")[2]] = layers.get(name.split(".")[2], 0) + tensor.nbytes
+        else:
+            outside += tensor.nbytes
+    return max(layers.values()), outside
+
+
+def peak_of_conversion(source: Path, out: Path, *flags: str) -> int:
+    """Convert, check the promised bound, and return the peak in bytes."""
+    done = subprocess.run([sys.executable, "-c", CONVERT, source, out, *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout) * 1024
+    layer, embeddings = sizes(source)
+    states = SAMPLES * LENGTH * HIDDEN * 4 * LEVELS
+    print(f"layer {layer / MB:.1f} MB, embeddings {embeddings / MB:.1f} MB: peak {peak / MB:.0f} MB")
+    assert peak < 2 * layer + embeddings + states + 600 * MB
+    return peak
+
+
+def test_depth_does_not_raise_the_peak(tmp_path: Path) -> None:
+    """Not even with pictures, for which something of every layer is kept."""
+    peaks = {}
+    for depth in (4, 16):
+        source = make_model("llama", tmp_path / f"{depth}", num_hidden_layers=depth, **LAYER)
+        peaks[depth] = peak_of_conversion(source, tmp_path / f"{depth}-wina", "plot")
+    layer = sizes(source)[0]
+    assert 12e6 < layer < 14e6
+    assert peaks[16] - peaks[4] < 2 * layer + 16 * MB  # 12 layers more are 150 MB
+
+
+def test_large_embeddings_are_in_memory_once(tmp_path: Path) -> None:
+    source = make_model("llama", tmp_path / "source", num_hidden_layers=2, vocab_size=80_000, **LAYER)
+    assert sizes(source)[1] > 300 * MB  # a second copy would break the bound
+    peak_of_conversion(source, tmp_path / "wina")

@@ -1,0 +1,355 @@
+"""The compiled kernels for a few rows on a CPU: sums, rounding, threads, processes and the cache on disk."""
+
+import os
+from unittest import mock
+
+import numba
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.processes import python
+from support.products import DTYPES, problem
+from torch import Tensor
+
+from wina_convert.runtime.kernels import streaming
+
+pytestmark = pytest.mark.usefixtures("threads_as_before")
+
+
+HALF = DTYPES[1:]
+THREADS = [1, 2, 3, 7]
+EDGES = [1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 63, 64, 65, 127, 129, 777, 1023, 1024, 1025, 1333, 2047, 2048, 2049]
+LEADING = [(), (1,), (2,), (3,), (4,), (5,), (6,), (7,), (8,), (2, 3), (1, 1, 2)]
+
+
+def call(kernel: str, x: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) -> Tensor:
+    """One of the two kernels; `dots` takes the weight the other way round and skips nothing."""
+    if kernel == "columns":
+        return streaming.columns(x, weight_t, tau, bias)
+    return streaming.dots(x, weight_t.t().contiguous(), bias)
+
+
+def check(kernel: str, y: Tensor, x: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) -> None:
+    """Compare with the sum in float64: float32 accumulation and one rounding to the dtype."""
+    active = x.double() if kernel == "dots" else x.double() * (x.double().abs() > tau.double())
+    added = 0 if bias is None else bias.double()
+    exact = active @ weight_t.double() + added
+    magnitude = active.abs() @ weight_t.double().abs() + abs(added)
+    info = torch.finfo(x.dtype)
+    assert y.dtype == x.dtype
+    assert y.shape == exact.shape
+    accumulation = 2**-24 * (4 + x.shape[-1] ** 0.5) * magnitude
+    rounding = info.eps / 2 * exact.abs() + info.smallest_normal * info.eps
+    assert ((y.double() - exact).abs() <= accumulation + rounding).all()
+
+
+kernels = pytest.mark.parametrize("kernel", ["columns", "dots"])
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+every_thread_count = pytest.mark.parametrize("threads", THREADS)
+
+
+@given(
+    st.sampled_from(["columns", "dots"]),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(LEADING),
+    st.sampled_from(EDGES) | st.integers(1, 300),
+    st.sampled_from(EDGES) | st.integers(1, 300),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+    st.sampled_from(THREADS),
+    st.sampled_from([1, streaming.GRAIN]),
+    st.sampled_from([-1.0, 0.5, 1.0, 3.0]),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_result_is_the_sum_in_float64_rounded_once(
+    kernel, seed, leading, n_in, n_out, dtype, bias, threads, grain, scale
+):
+    x, weight_t, tau, added = problem(seed, leading, n_in, n_out, dtype, bias)
+    arguments = x, weight_t, scale * tau, added
+    torch.set_num_threads(threads)
+    with mock.patch.object(streaming, "GRAIN", grain):  # at 1 even a tiny weight is divided among the threads
+        check(kernel, call(kernel, *arguments), *arguments)
+
+
+@kernels
+@every_dtype
+@every_thread_count
+@pytest.mark.parametrize(("n_in", "n_out"), [(1, 1), (3, 5), (3, 80_000), (80_000, 3), (777, 1333)])
+def test_every_number_of_rows_gives_the_sum(n_in, n_out, threads, dtype, kernel):
+    torch.set_num_threads(threads)
+    for rows in range(1, 9) if n_in * n_out < 100_000 else (1, 8):
+        arguments = problem(rows, (rows,), n_in, n_out, dtype)
+        check(kernel, call(kernel, *arguments), *arguments)
+
+
+@kernels
+@every_dtype
+@pytest.mark.parametrize("leading", [(0,), (0, 3), (2, 0)])
+def test_an_empty_batch_gives_an_empty_result(leading, dtype, kernel):
+    y = call(kernel, *problem(0, leading, 5, 3, dtype))
+    assert y.shape == (*leading, 3)
+    assert y.dtype == dtype
+
+
+@every_dtype
+@every_thread_count
+def test_rows_that_keep_nothing_are_the_bias_beside_one_that_keeps_something(threads, dtype):
+    torch.set_num_threads(threads)
+    x, weight_t, tau, bias = problem(1, (4,), 300, 400, dtype)
+    x[[0, 1, 3]] = 0
+    y = streaming.columns(x, weight_t, tau, bias)
+    check("columns", y, x, weight_t, tau, bias)
+    assert torch.equal(y[[0, 1, 3]], bias.expand(3, -1))
+    nothing = streaming.columns(x, weight_t, torch.full((300,), torch.inf), bias)
+    assert torch.equal(nothing, bias.expand(4, -1))
+
+
+@kernels
+@every_dtype
+@every_thread_count
+def test_a_nan_or_an_infinity_stays_in_its_row(threads, dtype, kernel):
+    torch.set_num_threads(threads)
+    x, weight_t, tau, bias = problem(2, (5,), 300, 400, dtype)
+    tau[17] = 1e30
+    plain = call(kernel, x, weight_t, tau, bias)
+    x[1, 17], x[3, 299] = torch.nan, -torch.inf
+    y = call(kernel, x, weight_t, tau, bias)
+    assert y[1].isnan().all()
+    assert torch.equal(y[3], -torch.inf * weight_t[299].sign())
+    assert y[[0, 2, 4]].isfinite().all()
+    torch.testing.assert_close(y[[0, 2, 4]], plain[[0, 2, 4]])
+
+
+@kernels
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_sum_is_rounded_as_torch_rounds_it(dtype, kernel):
+    info = torch.finfo(dtype)
+    weight_t = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).unsqueeze(0)  # every value of the dtype
+    x = torch.tensor([1, -1, 1.5, -1 / 3, 1 + info.eps, 2**-10, info.max, info.tiny], dtype=dtype).unsqueeze(1)
+    exact = x.float() * weight_t.float()  # one product is one float32
+    expected, y = exact.to(dtype), call(kernel, x, weight_t, torch.tensor([-1.0]), None)
+    zero, nan = exact == 0, exact.isnan()
+    assert (expected.isinf() & exact.isfinite()).any()  # too large for the dtype
+    assert ((expected == 0) & ~zero & exact.signbit()).any()  # rounded to a negative zero
+    assert not y[zero].any()  # of either sign
+    assert torch.equal(y.isnan(), nan)
+    number = ~zero & ~nan
+    assert torch.equal(y[number].view(torch.int16), expected[number].view(torch.int16))
+
+
+@kernels
+@every_dtype
+@every_thread_count
+def test_the_same_call_gives_the_same_bits(threads, dtype, kernel):
+    torch.set_num_threads(threads)
+    for rows in (1, 5):
+        arguments = problem(3, (rows,), 777, 1333, dtype)
+        first = call(kernel, *arguments)
+        assert all(torch.equal(call(kernel, *arguments), first) for _ in range(5))
+
+
+@kernels
+@every_dtype
+def test_the_memory_order_of_the_arguments_does_not_matter(dtype, kernel):
+    def spread(tensor: Tensor) -> Tensor:
+        view = torch.stack([tensor, torch.full_like(tensor, 7)], -1)[..., 0]
+        assert not view.is_contiguous()
+        return view
+
+    x, weight_t, tau, bias = problem(4, (3, 2), 40, 30, dtype)
+    expected = call(kernel, x, weight_t, tau, bias)
+    for weight in (spread(weight_t), weight_t.t().contiguous().t()):
+        for view in (spread(x), x.transpose(0, 1).contiguous().transpose(0, 1)):
+            matrix = weight if kernel == "columns" else weight.t()
+            gated = (spread(tau),) if kernel == "columns" else ()
+            assert torch.equal(getattr(streaming, kernel)(view, matrix, *gated, spread(bias)), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("x", lambda x: x[..., 1:]),
+        ("x", lambda x: x.half()),
+        ("bias", lambda bias: bias[:1]),
+        ("bias", lambda bias: bias[None]),
+        ("bias", lambda bias: bias.half()),
+        ("tau", lambda tau: tau[:1]),
+        ("tau", lambda tau: tau[None]),
+        ("tau", lambda tau: tau.double()),
+    ],
+)
+def test_arguments_that_do_not_fit_together_are_refused(name, change):
+    arguments = dict(zip(("x", "weight_t", "tau", "bias"), problem(5, (2,), 6, 4, torch.float32), strict=True))
+    arguments[name] = change(arguments[name])
+    for kernel in ["columns"] if name == "tau" else ["columns", "dots"]:
+        with pytest.raises(ValueError, match=f"{name} is"):
+            call(kernel, **arguments)
+
+
+@pytest.fixture
+def requested(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of threads of every parallel region from now on."""
+    counts, enter = [], streaming._parallel
+    monkeypatch.setattr(streaming, "_parallel", lambda *call: (counts.append(call[2]), enter(*call)))
+    return counts
+
+
+@kernels
+def test_a_large_weight_takes_the_threads_of_torch_and_a_small_one_takes_one(requested, kernel):
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        call(kernel, *problem(6, (1,), 512, 512, torch.bfloat16))
+        call(kernel, *problem(6, (8,), 8, 8, torch.bfloat16))
+    assert requested == [count for threads in THREADS for count in (threads, 1)]
+
+
+@every_thread_count
+def test_reading_memory_reads_all_of_it_with_all_threads(threads, requested, monkeypatch):
+    sums, run = [], streaming._run
+    monkeypatch.setattr(streaming, "_run", lambda *arguments: (run(*arguments), sums.append(arguments[6])))
+    torch.set_num_threads(threads)
+    memory = torch.randint(-(2**62), 2**62, (4 * 42 * 100,), generator=torch.Generator().manual_seed(7))
+    before = memory.clone()
+    streaming.read(memory)
+    assert requested == [threads]
+    assert len(sums[0]) == threads
+    assert torch.equal(sums[0].sum(), memory.sum())
+    assert torch.equal(memory, before)
+
+
+def test_code_that_no_folder_can_hold_is_compiled_for_this_process(monkeypatch):
+    compile = numba.cfunc
+
+    def cfunc(signature: object, cache: bool = False, **options: object) -> object:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return compile(signature, **options)
+
+    monkeypatch.setattr(numba, "cfunc", cfunc)
+    address = streaming._dots_code.__wrapped__(streaming.STORAGE[torch.float32])
+    assert address != streaming._dots_code(streaming.STORAGE[torch.float32])
+    monkeypatch.setattr(streaming, "_dots_code", lambda storage: address)
+    arguments = problem(8, (2,), 33, 17, torch.float32)
+    check("dots", call("dots", *arguments), *arguments)
+
+
+PROBLEMS = """
+import os, signal, sys, threading, warnings
+import torch
+from wina_convert.runtime.kernels import cpu, dense_linear, gated_linear, streaming
+
+def problem(rows, n_in, n_out, dtype):
+    generator = torch.Generator().manual_seed(rows)
+    x, weight_t, tau = (torch.randn(s, generator=generator) for s in ((rows, n_in), (n_in, n_out), (n_in,)))
+    return x.to(dtype), weight_t.to(dtype), tau.abs()
+
+def both(x, weight_t, tau):
+    return gated_linear(x, weight_t, tau, None), dense_linear(x, weight_t.t().contiguous(), None)
+
+def exact(x, weight_t, tau):
+    return x.double() * (x.double().abs() > tau) @ weight_t.double(), x.double() @ weight_t.double()
+
+def same(found, expected):
+    return all(map(torch.equal, found, expected))
+"""
+
+CONCURRENT = """
+sizes = [(1, 400, 700), (2, 700, 400), (5, 130, 1300), (8, 600, 100)]
+problems = [problem(*size, dtype) for size, dtype in zip(sizes, [torch.float32, torch.bfloat16] * 2)]
+torch.set_num_threads(2)
+expected = [both(*one) for one in problems]
+wrong, done = [], []
+
+def work(me):
+    for i in range(400):
+        choice = (me + i) % 4
+        if not same(both(*problems[choice]), expected[choice]):
+            wrong.append((me, i))
+    done.append(torch.get_num_threads())
+
+workers = [threading.Thread(target=work, args=(me,)) for me in range(4)]
+for worker in workers:
+    worker.start()
+for worker in workers:
+    worker.join()
+assert not wrong, wrong[:5]
+assert done == [2] * 4, done
+"""
+
+
+def test_python_threads_that_call_at_once_get_what_each_gets_alone():
+    python(PROBLEMS + CONCURRENT)
+
+
+FORK = """
+one_problem = problem(2, 400, 700, torch.bfloat16)
+torch.set_num_threads(1)
+alone = both(*one_problem)
+torch.set_num_threads(2)
+expected = both(*one_problem)
+warnings.simplefilter("ignore")  # some Pythons warn of any fork beside threads
+if not (child := os.fork()):
+    signal.alarm(60)  # ends it, should it wait for threads that it has not inherited
+    torch.set_num_threads(1)
+    os._exit(0 if all(same(both(*one_problem), alone) for _ in range(20)) else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert all(same(both(*one_problem), expected) for _ in range(20))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_child_with_one_thread_computes_as_its_parent_did():
+    python(PROBLEMS + FORK)
+
+
+LIMITED = """
+requested, enter = [], streaming._parallel
+streaming._parallel = lambda *call: (requested.append(call[2]), enter(*call))
+x, weight_t, tau = problem(3, 400, 700, torch.float32)
+both(x, weight_t, tau)
+assert set(requested) == {1}, requested  # of OMP_NUM_THREADS
+torch.set_num_threads(5)
+for found, right in zip(both(x, weight_t, tau), exact(x, weight_t, tau)):
+    torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-4)
+assert set(requested[-2:]) == {5}, requested
+"""
+
+
+def test_the_threads_are_those_of_the_environment_and_fewer_than_asked_for_will_do():
+    python(PROBLEMS + LIMITED, OMP_NUM_THREADS="1", OMP_THREAD_LIMIT="2")
+
+
+WITHOUT = """
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for rows in (1, 3, 8, 20, 1):
+            x, weight_t, tau = problem(rows, 130, 70, dtype)
+            for found, right in zip(both(x, weight_t, tau), exact(x, weight_t, tau)):
+                assert found.dtype == dtype
+                torch.testing.assert_close(found.double(), right, rtol=torch.finfo(dtype).eps, atol=1e-4)
+        assert cpu.compiled(dtype) is None
+assert {warning.category for warning in caught} == {RuntimeWarning}, caught
+assert 1 <= len(caught) <= 3, [str(warning.message) for warning in caught]
+assert all("the compiled CPU kernels do not work here" in str(warning.message) for warning in caught)
+assert all("numba" in str(warning.message) for warning in caught)
+"""
+
+
+def test_without_numba_results_are_right_and_a_warning_says_that_they_come_slowly():
+    python("import sys\nsys.modules['numba'] = None\n" + PROBLEMS.replace(", streaming", "") + WITHOUT)
+
+
+def test_importing_the_package_and_the_loader_does_not_import_the_compiler():
+    code = "import sys, wina_convert, wina_convert.runtime.loader\n"
+    assert python(code + "print({'numba', 'llvmlite'} & set(sys.modules))")[0] == "set()\n"
+
+
+def test_what_one_process_compiled_the_next_one_reads_from_the_disk(tmp_path):
+    code = PROBLEMS + "both(*problem(1, 3, 5, torch.float32))\nprint(sum(c._cache_hits for c in streaming._kept))"
+    assert python(code, NUMBA_CACHE_DIR=str(tmp_path))[0] == "0\n"
+    compiled = {file: file.read_bytes() for file in tmp_path.rglob("*.nbc")}
+    assert len(compiled) == 2
+    assert python(code, NUMBA_CACHE_DIR=str(tmp_path))[0] == "2\n"
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.nbc")} == compiled

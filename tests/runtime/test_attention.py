@@ -1,0 +1,181 @@
+"""Attention of a gated model on a CPU against transformers' own and a float64 reference."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.families import FAMILIES, random_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from wina_convert import load
+from wina_convert.runtime import attention
+from wina_convert.runtime.kernels import cpu
+
+HALF = [torch.bfloat16, torch.float16]
+MASKS = ["none", "boolean", "float"]
+SHAPES = [  # batch, heads, heads of keys, queries, keys
+    (1, 4, 4, 1, 9),
+    (1, 8, 2, 1, 33),
+    (2, 8, 2, 7, 7),
+    (2, 6, 1, 5, 12),
+    (3, 4, 2, 1, 1),
+]
+
+
+def problem(seed: int, shape: tuple[int, ...], mask: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The arguments of an attention function; every query may look at some key."""
+    batch, heads, kv_heads, queries, keys = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    module = nn.Module()
+    module.num_key_value_groups, module.is_causal = heads // kv_heads, True
+    allowed = torch.rand(batch, 1, queries, keys, generator=generator) < 0.6
+    allowed[..., 0] = True
+    masks = {
+        "none": None,
+        "boolean": allowed,
+        "float": randn(batch, 1, queries, keys).masked_fill(~allowed, torch.finfo(dtype).min),
+    }
+    query, key, value = (
+        randn(batch, heads, queries, 16),
+        randn(batch, kv_heads, keys, 16),
+        randn(batch, kv_heads, keys, 16),
+    )
+    tensors = {"query": query, "key": key, "value": value, "attention_mask": masks[mask]}
+    return {"module": module, "scaling": 0.3, **tensors}
+
+
+def widened(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same numbers in float32."""
+    return {
+        name: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
+
+
+def exact(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float) -> Tensor:
+    """[batch, queries, heads, size] in float64."""
+    key, value = (t.double().repeat_interleave(module.num_key_value_groups, 1) for t in (key, value))
+    scores = scaling * query.double() @ key.transpose(-1, -2)
+    queries, keys = scores.shape[-2:]
+    if attention_mask is None and queries > 1:  # a prefill: the first queries and the first keys
+        attention_mask = torch.ones(queries, keys, dtype=torch.bool).tril()
+    if attention_mask is not None:
+        hidden = attention_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attention_mask, -torch.inf) if hidden else scores + attention_mask.double()
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(SHAPES), st.sampled_from(MASKS), st.sampled_from(HALF))
+@settings(deadline=None)
+def test_half_precision_is_the_attention_in_float32_rounded_once(seed, shape, mask, dtype):
+    arguments = problem(seed, shape, mask, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "multiplies", lambda dtype: False)
+        output, weights = attention.attention(**arguments)
+    assert weights is None
+    assert output.dtype == dtype
+    assert torch.equal(output, sdpa_attention_forward(**widened(arguments))[0].to(dtype))
+    expected = exact(**arguments)
+    assert output.shape == expected.shape
+    assert ((output.double() - expected).abs() <= torch.finfo(dtype).eps / 2 * expected.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    ("dtype", "instructions"),
+    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True), (torch.float16, True)],
+)
+def test_in_float32_and_with_instructions_for_half_precision_it_is_the_one_of_transformers(
+    dtype, instructions, mask, shape, monkeypatch
+):
+    monkeypatch.setattr(cpu, "multiplies", lambda dtype: instructions)
+    arguments = problem(0, shape, mask, dtype)
+    output, weights = attention.attention(**arguments)
+    assert weights is None
+    assert output.dtype == dtype
+    assert torch.equal(output, sdpa_attention_forward(**arguments)[0])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_arguments_stay_as_they_are(mask):
+    arguments, before = problem(1, SHAPES[2], mask, torch.bfloat16), problem(1, SHAPES[2], mask, torch.bfloat16)
+    attention.attention(**arguments)[0].zero_()
+    for name in ("query", "key", "value", "attention_mask"):
+        assert arguments[name] is before[name] is None or torch.equal(arguments[name], before[name])
+
+
+def make(implementation: str, dtype: torch.dtype = torch.float32, family: str = "llama") -> Any:
+    """A model of a family whose several queries share a key."""
+    fields = dict(FAMILIES[family])
+    config = CONFIG_MAPPING[fields.pop("model_type")](**fields)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.float32)
+    random_weights(model, 0)
+    return model.to(dtype).eval()
+
+
+def logits(model: Any) -> list[Tensor]:
+    """Of a batch of which one text is padded on the left, and of a token after it."""
+    tokens = torch.arange(18).view(2, 9) + 3
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        first = model(tokens, attention_mask=mask, use_cache=True)
+        mask = torch.cat([mask, mask[:, -1:]], 1)
+        then = model(tokens[:, :1], attention_mask=mask, past_key_values=first.past_key_values)
+    return [first.logits[0, 4:], first.logits[1], then.logits]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt2"])
+def test_a_model_switched_over_answers_as_before(family):
+    model = make("sdpa", family=family)
+    before = logits(model)
+    attention.use(model)
+    assert model.config._attn_implementation == attention.SDPA
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
+    attention.use(model)
+    assert model.config._attn_implementation == attention.SDPA
+
+
+def test_every_layer_of_a_model_switched_over_asks_whether_the_processor_has_the_instructions(monkeypatch):
+    asked: list[torch.dtype] = []
+    monkeypatch.setattr(cpu, "multiplies", lambda dtype: asked.append(dtype))
+    model = make("sdpa", torch.bfloat16)
+    before = logits(model)
+    assert asked == []
+    attention.use(model)
+    for found, expected in zip(logits(model), before, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+    assert asked == [torch.bfloat16] * 2 * model.config.num_hidden_layers
+
+
+def test_a_model_with_another_attention_keeps_it():
+    model = make("eager")
+    before = logits(model)
+    attention.use(model)
+    assert model.config._attn_implementation == "eager"
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
+
+
+def test_a_stored_config_does_not_name_it(tmp_path):
+    model = make("sdpa")
+    attention.use(model)
+    model.save_pretrained(tmp_path)
+    assert attention.SDPA not in json.dumps(json.loads((tmp_path / "config.json").read_text("utf-8")))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("asked_for", "used"), [(None, attention.SDPA), ("sdpa", attention.SDPA), ("eager", "eager")])
+def test_a_checkpoint_loads_with_the_attention_asked_for(asked_for, used, wina_tiny):
+    chosen = {} if asked_for is None else {"attn_implementation": asked_for}
+    assert load(str(wina_tiny), **chosen).config._attn_implementation == used

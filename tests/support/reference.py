@@ -1,0 +1,119 @@
+"""A reference of a few lines for a gated model, and how it is compared.
+
+It is the dense model in plain transformers with the inputs of its projections zeroed by a hook, which reads the
+thresholds from the checkpoint's files. A score within rounding of its threshold may fall on either side; the comparisons
+take the first prompt for which the reference finds none.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import wina_convert
+from support.folders import config_of, tensors_of, threshold_of
+
+SAMPLES, LENGTH, NEW = 8, 64, 10
+EDGE = 1e-6  # of the largest score: a multiple of float32's rounding
+
+
+@dataclass
+class Reference:
+    """A dense model whose projections see only the inputs that the checkpoint's thresholds let through."""
+
+    model: Any
+    edge: float = 1.0
+    skipped: dict[str, int] = field(default_factory=dict)
+    inputs: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        self.skipped, self.inputs = dict.fromkeys(self.skipped, 0), dict.fromkeys(self.inputs, 0)
+
+    def fractions(self) -> dict[str, float]:
+        return {name: self.skipped[name] / self.inputs[name] for name in self.skipped}
+
+    def overall(self) -> float:
+        shares = [self.weights[name] * fraction for name, fraction in self.fractions().items()]
+        return sum(shares) / sum(self.weights.values())
+
+
+def reference(dense: Path, gated: Path, sparsity: float) -> Reference:
+    made = Reference(AutoModelForCausalLM.from_pretrained(dense))
+    curves = {key.removesuffix(".thresholds"): t for key, t in tensors_of(gated).items() if key.endswith(".thresholds")}
+
+    def watch(name: str, module: torch.nn.Module) -> None:
+        curve = next(curve for key, curve in curves.items() if name == key or name.endswith(f".{key}"))
+        threshold = threshold_of(gated, curve, sparsity)
+        norms = module.weight.detach().double().norm(dim=1 if isinstance(module, Conv1D) else 0)
+        made.skipped[name], made.inputs[name], made.weights[name] = 0, 0, module.weight.numel()
+
+        def hook(module: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            scores = inputs[0].double().abs() * norms
+            drop = scores <= threshold
+            made.edge = min(made.edge, float((scores - threshold).abs().min() / scores.max()))
+            made.skipped[name] += int(drop.sum())
+            made.inputs[name] += drop.numel()
+            return (inputs[0].masked_fill(drop, 0),)
+
+        module.register_forward_pre_hook(hook)
+
+    for name in config_of(gated)["quantization_config"]["modules"]:
+        watch(name, made.model.get_submodule(name))
+    return made
+
+
+@torch.no_grad()
+def logits(model: Any, prompt: Tensor) -> Tensor:
+    return model(prompt).logits.float()
+
+
+def greedy(model: Any, prompt: Tensor) -> list[list[int]]:
+    return model.generate(prompt, max_new_tokens=NEW, do_sample=False, eos_token_id=None).tolist()
+
+
+def random_prompt(seed: int) -> Tensor:
+    return torch.randint(2, 2048, (1, 40), generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Answer:
+    prompt: Tensor
+    logits: Tensor
+    continuation: list[list[int]]
+
+
+def answer(expected: Reference) -> Answer:
+    """What the reference makes of the first prompt that brings no score to the edge of its threshold."""
+    for seed in range(20):
+        prompt, expected.edge = random_prompt(seed), 1.0
+        found = Answer(prompt, logits(expected.model, prompt), greedy(expected.model, prompt))
+        if expected.edge > EDGE:
+            return found
+    raise AssertionError("every prompt has a score at its threshold; something is wrong with the reference")
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def assert_dense_at_0(dense: Path, gated: Path) -> None:
+    expected = logits(AutoModelForCausalLM.from_pretrained(dense), random_prompt(1))
+    assert_close(logits(wina_convert.load(str(gated), sparsity=0.0), random_prompt(1)), expected)
+
+
+def assert_equals_reference(dense: Path, gated: Path, sparsity: float) -> None:
+    expected = answer(reference(dense, gated, sparsity))
+    model = wina_convert.load(str(gated), sparsity=sparsity)
+    assert_close(logits(model, expected.prompt), expected.logits)
+    assert greedy(model, expected.prompt) == expected.continuation
+
+
+def convert(dense: Path, gated: Path, **options: Any) -> dict[str, Any]:
+    return wina_convert.convert(
+        str(dense), gated, **{"samples": SAMPLES, "seq_len": LENGTH, "batch_size": 4, **options}
+    )

@@ -1,0 +1,253 @@
+"""`wina`, with a verb for everything that one does with a checkpoint."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from ..errors import OptionError, printable
+from .common import (
+    Group,
+    device_option,
+    fractions,
+    json_option,
+    progress_of,
+    quiet_option,
+    quiet_transformers,
+    shapes,
+    version_option,
+)
+from .convert import command
+from .text import bench_text, by_layer, table
+
+
+@click.group(cls=Group)
+@version_option
+def wina() -> None:
+    """Make, inspect, measure and run WINA checkpoints."""
+
+
+wina.add_command(command("convert"))
+
+
+@wina.command("inspect")
+@click.argument("folder", metavar="DIR")
+@json_option
+def inspect_command(folder: str, as_json: bool) -> None:
+    """Show what a checkpoint holds: per layer, its size, thresholds, sparsity and the bytes a token reads.
+
+    \b
+    Example:
+      wina inspect ./llama-wina
+    """
+    from ..verbs.inspect import inspect_checkpoint
+
+    found = inspect_checkpoint(folder)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(found), indent=2))
+        return
+    kinds = list(dict.fromkeys(kind for layer in found.layers for kind in layer.thresholds))
+    rows = [["layer", "MB", "MB/token", "achieved", *(kind.rpartition(".")[2] for kind in kinds)]]
+    for layer in found.layers:
+        achieved = "-" if layer.achieved is None else f"{layer.achieved:.1%}"
+        thresholds = [f"{layer.thresholds[kind]:.4g}" if kind in layer.thresholds else "-" for kind in kinds]
+        rows.append(
+            [str(layer.layer), f"{layer.nbytes / 1e6:.2f}", f"{layer.bytes_per_token / 1e6:.2f}", achieved, *thresholds]
+        )
+    gated, read = sum(layer.nbytes for layer in found.layers), sum(layer.bytes_per_token for layer in found.layers)
+    rows.append(["all", f"{gated / 1e6:.2f}", f"{read / 1e6:.2f}", "", *("" for _ in kinds)])
+    measured = "" if found.measured_at is None else f", achieved as measured at {found.measured_at:.0%} at conversion"
+    click.echo(printable(f"{found.name}: {found.source}, scheme {found.scheme}, default sparsity {found.sparsity:.1%}"))
+    click.echo(f"thresholds and bytes at the default sparsity{measured}; not gated: {found.other_bytes / 1e6:.2f} MB\n")
+    click.echo(table(rows))
+
+
+@wina.command("eval")
+@click.argument("folder", metavar="DIR")
+@click.option(
+    "--text", "texts", multiple=True, required=True, help="Text file or dataset, as for --calibration; repeat for more."
+)
+@click.option("--source", help="The dense model, folder or Hub id, to compare with.")
+@click.option(
+    "--sparsity",
+    "sparsities",
+    multiple=True,
+    callback=fractions,
+    help="Fractions, such as 0.25,0.5.  [default: DIR's]",
+)
+@click.option("--samples", default=64, show_default=True, help="Sequences, spread evenly over the text.")
+@click.option("--seq-len", type=int, help="Tokens of a sequence.  [default: 512, or the model's context if shorter]")
+@click.option("--batch-size", default=1, show_default=True, help="Sequences computed at a time.")
+@device_option
+@click.option("--revision", help="Branch, tag or commit of the source.")
+@click.option("--token", help="Hub access token.  [default: that of `hf auth login`]")
+@quiet_option
+@json_option
+def eval_command(folder: str, device: str, quiet: bool, as_json: bool, texts: Sequence[str], **options: Any) -> None:
+    """Measure a checkpoint on text: perplexity, KL and agreement with the dense source, achieved sparsity.
+
+    \b
+    Example:
+      wina eval ./llama-wina --text held-out.txt --source meta-llama/Llama-3-8B --sparsity 0.25,0.5
+    """
+    from ..models.device import choose_device
+    from ..verbs.evaluate import evaluate
+
+    quiet_transformers()
+    measured = evaluate(folder, texts, device=choose_device(device), progress=progress_of(quiet), **options)
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(one) for one in measured], indent=2))
+        return
+    compared = measured[0].dense_perplexity is not None
+    rows = [["sparsity", "achieved", "perplexity", *(["dense", "rise", "KL", "top-1 agreement"] if compared else [])]]
+    for one in measured:
+        row = [f"{one.sparsity:.1%}", f"{one.achieved:.2%}", f"{one.perplexity:.3f}"]
+        if one.dense_perplexity is not None:
+            rise = one.perplexity / one.dense_perplexity - 1
+            row += [f"{one.dense_perplexity:.3f}", f"{rise:+.2%}", f"{one.kl:.4f}", f"{one.agreement:.1%}"]
+        rows.append(row)
+    click.echo(f"{measured[0].tokens} predicted tokens of {', '.join(texts)}\n")
+    click.echo(table(rows))
+    for one in measured:
+        click.echo(f"\nachieved by projection at {one.sparsity:.1%}\n")
+        click.echo(table(by_layer({name: f"{fraction:.1%}" for name, fraction in one.projections.items()})))
+
+
+@wina.command("generate")
+@click.argument("folder", metavar="DIR")
+@click.option("--prompt", required=True, help="The text to continue.")
+@click.option("--max-new-tokens", default=128, show_default=True, help="Stop after so many tokens.")
+@click.option("--sparsity", type=float, help="Fraction of inputs to skip.  [default: DIR's]")
+@click.option("--temperature", default=0.0, show_default=True, help="Of sampling; 0 takes the most likely token.")
+@click.option("--seed", default=0, show_default=True, help="Seed of sampling.")
+@device_option
+@click.option("--dtype", default="auto", show_default=True, help="auto (as stored), float32, bfloat16 or float16.")
+@quiet_option
+def generate_command(folder: str, prompt: str, device: str, quiet: bool, **options: Any) -> None:
+    """Continue a prompt, streaming the text, and print the speed.
+
+    \b
+    Example:
+      wina generate ./llama-wina --prompt "Once upon a time"
+    """
+    from ..models.device import choose_device
+    from ..verbs.generate import generate
+
+    quiet_transformers()
+    pending = [prompt]
+
+    def write(text: str) -> None:
+        click.echo("".join(pending) + text, nl=False)
+        pending.clear()
+
+    done = generate(folder, prompt, device=str(choose_device(device)), write=write, **options)
+    write("\n")
+    if not quiet:
+        speed = f", {done.tokens_per_second:.1f} tokens a second" if done.tokens_per_second else ""
+        click.echo(f"[{done.tokens} tokens{speed}]", err=True)
+
+
+@wina.command("verify")
+@click.argument("folder", metavar="DIR")
+@quiet_option
+def verify_command(folder: str, quiet: bool) -> None:
+    """Check every file of a checkpoint against its manifest, and its tensors and config against each other.
+
+    \b
+    Example:
+      wina verify ./llama-wina
+    """
+    from ..verbs.verify import verify_folder
+
+    count = verify_folder(folder, progress_of(quiet))
+    if not quiet:
+        click.echo(f"{folder}: {count} files are as they were written")
+
+
+@wina.command("retarget")
+@click.argument("folder", metavar="DIR")
+@click.option("--sparsity", type=float, required=True, help="The new default, 0 to 0.95.")
+def retarget_command(folder: str, sparsity: float) -> None:
+    """Change the default sparsity of a checkpoint in place, without running the model.
+
+    \b
+    Example:
+      wina retarget ./llama-wina --sparsity 0.4
+    """
+    from ..verbs.retarget import retarget
+
+    retarget(folder, sparsity)
+    click.echo(f"{folder}: default sparsity is now {sparsity:.1%}")
+
+
+@wina.command("bench")
+@click.argument("folder", metavar="[DIR]", required=False)
+@click.option("--random", metavar="SIZE", help="Instead of DIR, a Llama shape with random weights: 1b, 3b or 8b.")
+@click.option("--kernels", is_flag=True, help="Time single products instead of a model.")
+@click.option(
+    "--shapes",
+    multiple=True,
+    callback=shapes,
+    help="With --kernels: INPUTSxOUTPUTS, such as 4096x14336.  [default: those of the Llama shapes]",
+)
+@click.option(
+    "--sparsity", "sparsities", multiple=True, callback=fractions, help="Fractions to skip.  [default: 0,0.5,0.65]"
+)
+@click.option("--prompt-tokens", default=512, show_default=True, help="Length of the prompt.")
+@click.option("--tokens", default=32, show_default=True, help="Tokens decoded after it.")
+@click.option("--repeats", type=int, help="Times the prompt, or each product, is run.  [default: 3, or 31]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's, or OMP_NUM_THREADS]")
+@click.option("--dtype", default="auto", show_default=True, help="auto (as stored), float32, bfloat16 or float16.")
+@quiet_option
+@json_option
+def bench_command(
+    folder: str | None,
+    random: str | None,
+    kernels: bool,
+    shapes: Sequence[tuple[int, int]],
+    sparsities: Sequence[float],
+    prompt_tokens: int,
+    tokens: int,
+    repeats: int | None,
+    threads: int | None,
+    dtype: str,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Time the gated model against the dense one with the same weights, in turns, and against memory bandwidth.
+
+    \b
+    Examples:
+      wina bench ./llama-wina
+      wina bench --random 1b
+      wina bench --kernels --shapes 4096x14336
+    """
+    import torch
+
+    from ..verbs.bench import bench_model
+    from ..verbs.bench_products import SHAPES, bench_products
+    from ..verbs.benchmark import SPARSITIES
+
+    if kernels and (folder or random):
+        raise OptionError("--kernels times products of random numbers; give neither DIR nor --random")
+    if shapes and not kernels:
+        raise OptionError("--shapes goes with --kernels")
+    quiet_transformers()
+    if threads:
+        torch.set_num_threads(threads)
+    shared: dict[str, Any] = {"sparsities": sparsities or SPARSITIES, "progress": progress_of(quiet)}
+    if kernels:
+        measured = bench_products(shapes or SHAPES, dtype=dtype, repeats=31 if repeats is None else repeats, **shared)
+    else:
+        measured = bench_model(
+            folder,
+            random=random,
+            prompt_tokens=prompt_tokens,
+            tokens=tokens,
+            repeats=3 if repeats is None else repeats,
+            dtype=dtype,
+            **shared,
+        )
+    click.echo(json.dumps(dataclasses.asdict(measured), indent=2) if as_json else bench_text(measured))

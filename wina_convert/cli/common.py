@@ -1,0 +1,110 @@
+"""What the commands share: errors in one line, the forms of options, progress, quiet libraries."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from .. import __version__
+from ..errors import WinaError, printable
+from ..progress import Progress, bars, lines, silent
+
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class OneLineErrors:
+    """A click command that prints any expected error as one line on stderr and exits 2, without a traceback."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"context_settings": HELP, **kwargs})
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run, and exit with a status."""
+        try:
+            result = super().main(*args, **{**kwargs, "standalone_mode": False})  # type: ignore[misc]
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            sys.exit(2)
+        except click.ClickException as error:
+            _fail(error.format_message(), 2)
+        except WinaError as error:
+            _fail(str(error), 2)
+        except (KeyboardInterrupt, click.Abort) as error:  # click turns the first into the second
+            said = str(error.__cause__ or error)
+            _fail(f"interrupted; {said}" if said else "interrupted", 130)
+        sys.exit(result if isinstance(result, int) else 0)
+
+
+class Command(OneLineErrors, click.Command):
+    """A command."""
+
+
+class Group(OneLineErrors, click.Group):
+    """A command with verbs."""
+
+    command_class = Command
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"error: {printable(' '.join(message.split()))}", err=True)
+    sys.exit(code)
+
+
+def split(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> tuple[str, ...]:
+    """Repeated options and comma-separated lists mean the same."""
+    return tuple(part for value in values for part in value.split(",") if part)
+
+
+def fractions(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> tuple[float, ...]:
+    """Repeated or comma-separated numbers."""
+    try:
+        return tuple(float(part) for part in split(context, parameter, values))
+    except ValueError as error:
+        raise click.BadParameter(f"{error}; give fractions such as 0.25,0.5") from error
+
+
+def shapes(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """Repeated or comma-separated sizes, INPUTSxOUTPUTS each."""
+    found = []
+    for part in split(context, parameter, values):
+        inputs, _, outputs = part.partition("x")
+        if not (inputs.isdecimal() and outputs.isdecimal()):
+            raise click.BadParameter(f"{part!r}; give INPUTSxOUTPUTS, such as 4096x14336")
+        found.append((int(inputs), int(outputs)))
+    return tuple(found)
+
+
+def progress_of(quiet: bool) -> Progress:
+    """Bars on a terminal, lines in a log, nothing where it is to be quiet."""
+    if quiet:
+        return silent
+    return bars if sys.stderr.isatty() else lines(lambda text: click.echo(text, err=True))
+
+
+def quiet_transformers() -> None:
+    """Keep what the libraries print off the terminal: what matters comes as an error or as progress."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    logging.set_verbosity(50)  # CRITICAL: its errors come as exceptions, and may quote a file of anybody's
+    logging._tqdm_active = False  # disableprogress_of_bar would take huggingface_hub's bars away as well
+    hub_logging.set_verbosity_error()
+
+
+def download_bar(quiet: bool) -> type[Any]:
+    """huggingface_hub's progress bar, on a terminal only."""
+    from huggingface_hub.utils import tqdm
+
+    shown = sys.stderr.isatty() and not quiet
+    return type(
+        "DownloadBar",
+        (tqdm,),
+        {"__init__": lambda self, *a, **k: tqdm.__init__(self, *a, **{**k, "disable": not shown})},
+    )
+
+
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress and no summary; errors only.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+version_option = click.version_option(__version__, "--version", prog_name="wina-convert")

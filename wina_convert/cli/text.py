@@ -1,0 +1,129 @@
+"""Reports and tables as text for a terminal; the command line prints them."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import printable
+from ..format.names import split_layer
+
+if TYPE_CHECKING:
+    from ..verbs.benchmark import Benchmark
+
+
+def report_text(report: dict[str, Any], out: str, seconds: float) -> str:
+    """What a conversion came to."""
+    held_out = report["verification"]["held_out"]
+    rise = held_out["perplexity"] / held_out["dense_perplexity"] - 1
+    reads = report["bytes_per_token"]
+    return "\n".join(
+        [
+            f"Wrote {out} in {duration(seconds)}: {len(report['projections'])} gated projections in {report['layers']} layers",
+            f"  sparsity      asked {held_out['sparsity']:.1%}, achieved {held_out['achieved']:.2%} on held-out text",
+            f"  perplexity    dense {held_out['dense_perplexity']:.2f}, gated {held_out['perplexity']:.2f} ({rise:+.1%})",
+            f"  bytes/token   {size(reads['dense'])} -> {size(reads['gated'])} ({reads['gated'] / reads['dense'] - 1:+.0%})",
+            f'Try it: wina generate {out} --prompt "Once upon a time"',
+        ]
+    )
+
+
+def plan_text(plan: dict[str, Any], out: str) -> str:
+    """What a dry run tells."""
+    reads = plan["bytes_per_token"]
+    kinds: dict[tuple[str, int, int], int] = {}
+    for name, shape in plan["projections"].items():
+        kind = ".".join(part for part in name.split(".")[-2:])
+        key = (kind, shape["in_features"], shape["out_features"])
+        kinds[key] = kinds.get(key, 0) + 1
+    rows = [["gated projection", "inputs", "outputs", "layers"]]
+    rows += [[kind, str(inputs), str(outputs), str(count)] for (kind, inputs, outputs), count in kinds.items()]
+    return "\n".join(
+        [
+            f"Plan for {plan['source']['name']} ({plan['dtype']} on {plan['device']}), nothing was touched\n",
+            table(rows),
+            "",
+            f"  bytes/token   {size(reads['dense'])} -> {size(reads['gated'])} at {plan['sparsity']:.1%} sparsity "
+            f"({reads['gated'] / reads['dense'] - 1:+.0%})",
+            f"  disk          {size(plan['disk_bytes'])} in {out}",
+            f"  time          about {duration(plan['seconds'])}, the download aside",
+        ]
+    )
+
+
+def bench_text(measured: "Benchmark") -> str:
+    """What a benchmark found."""
+    head = [
+        f"{measured.model}; {measured.machine}; {measured.date}",
+        f"memory is read at {measured.bandwidth / 1e9:.1f} GB/s",
+    ]
+    if not measured.interleaved:
+        head.append("memory does not hold the dense and the gated model at once: timed one after the other")
+    rows = [["sparsity", "skipped", "ms/token", "tokens/s", "speed", "MB/token", "of roofline", "prompt s", "speed"]]
+    for row in measured.models:
+        rows.append(
+            [
+                "dense" if row.sparsity is None else f"{row.sparsity:.0%}",
+                "" if row.achieved is None else f"{row.achieved:.1%}",
+                f"{row.decode_seconds * 1e3:.1f}",
+                f"{row.tokens_per_second:.1f}",
+                f"{row.ratio:.2f}x",
+                f"{row.bytes_per_token / 1e6:.0f}",
+                f"{row.roofline:.0%}",
+                f"{row.prefill_seconds:.2f}",
+                f"{row.prefill_ratio:.2f}x",
+            ]
+        )
+    if measured.products:
+        rows = [["in x out", "sparsity", "ms", "speed", "GB/s", "of bandwidth"]]
+    for product in measured.products:
+        rows.append(
+            [
+                f"{product.in_features}x{product.out_features}",
+                "dense" if product.sparsity is None else f"{product.sparsity:.0%}",
+                f"{product.seconds * 1e3:.3f}",
+                f"{product.ratio:.2f}x",
+                f"{product.bandwidth / 1e9:.1f}",
+                f"{product.roofline:.0%}",
+            ]
+        )
+    return "\n".join([*head, "", table(rows)])
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell, the first to the left and the rest to the right."""
+    rows = [[printable(cell, 120) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def size(count: float) -> str:
+    """A number of bytes in decimal multiples."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit one would say it in."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def by_layer(cells: dict[str, str]) -> list[list[str]]:
+    """A row for each decoder layer and a column for each kind of projection, from module names to cells."""
+    layers: dict[str, dict[str, str]] = {}
+    for name, cell in cells.items():
+        place = split_layer(name)
+        if place is not None:
+            layers.setdefault(str(place[1]), {})[place[2]] = cell
+    kinds = list(dict.fromkeys(kind for row in layers.values() for kind in row))
+    header = ["layer", *(kind.rpartition(".")[2] for kind in kinds)]
+    return [header, *([layer, *(row.get(kind, "-") for kind in kinds)] for layer, row in layers.items())]

@@ -1,0 +1,126 @@
+"""The model card of a WINA checkpoint: README.md with metadata for the Hub."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..format.names import CARD
+from ..models.source import Source
+
+TAGS = ("wina", "activation-sparsity")
+
+BODY = """
+# {title}
+
+This is [{base}]({link}) as a WINA checkpoint: at every gated projection the model skips the input columns that do not
+matter for the token at hand. The weights are unchanged; only a threshold per projection was added
+([WINA, arXiv 2505.19427](https://arxiv.org/abs/2505.19427)).
+
+## Use
+
+```sh
+pip install wina-convert
+```
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{here}")
+tokenizer = AutoTokenizer.from_pretrained("{here}")
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+```
+
+Another sparsity, from 0 (the dense model) to 0.95, without converting again:
+`wina_convert.load("{here}", sparsity=0.4)`.
+
+## Measured
+
+On {sequences} sequences of {length} tokens that no threshold was fitted on ({calibration}), at conversion:
+
+| | dense | gated |
+| --- | --- | --- |
+| sparsity asked | 0% | {asked:.1%} |
+| sparsity achieved | 0% | {achieved:.2%} |
+| perplexity | {dense_perplexity:.3f} | {perplexity:.3f} |
+| KL to dense, nats a token | 0 | {kl:.4f} |
+| same most likely token | 100% | {agreement:.1%} |
+| bytes of weights read for a token | {dense_bytes:.2f} MB | {gated_bytes:.2f} MB |
+
+Gated are {n} projections of {layers} layers ({targets}). Calibration: {samples} sequences of {length} tokens of {calibration}
+text, seed {seed}.
+
+## Limits
+
+Fewer bytes read is what a memory-bound device can gain at batch 1; how much of it becomes speed depends on the kernel. The
+sparsity on your text may differ from that on the calibration text. See `wina_report.json` for every projection.
+
+## Reproduce
+
+`wina-convert {base}{revision} --out DIR {options}` with wina-convert {version}, torch {torch}, transformers {transformers}.
+"""
+
+
+def source_metadata(source: Source) -> dict[str, Any]:
+    """The metadata of the source's own card that carries over: licence, languages, tags."""
+    path = source.path / CARD
+    if not path.is_file():
+        return {}
+    try:
+        data: dict[str, Any] = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # a broken card of somebody else is no reason to fail
+        return {}
+    kept = ("license", "license_name", "license_link", "language", "tags", "datasets")
+    return {name: data[name] for name in kept if data.get(name)}
+
+
+def write_card(folder: Path, source: Source, report: dict[str, Any]) -> None:
+    """Write the model card into a staged checkpoint.
+
+    Args:
+        folder: the staged checkpoint.
+        source: what was converted.
+        report: as in wina_report.json.
+    """
+    kept = source_metadata(source)
+    on_hub = source.revision is not None
+    data = ModelCardData(
+        base_model=source.name if on_hub else None,
+        base_model_relation="quantized" if on_hub else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=list(dict.fromkeys([*kept.pop("tags", []), *TAGS])),
+        **kept,
+    )
+    options, calibration = report["options"], report["calibration"]
+    verification, held_out = report["verification"], report["verification"]["held_out"]
+    body = BODY.format(
+        title=f"{source.name.rpartition('/')[2]}-wina",
+        base=source.name,
+        link=f"https://huggingface.co/{source.name}" if on_hub else ".",
+        here="PATH_OR_ID_OF_THIS_CHECKPOINT",
+        sequences=verification["sequences"],
+        length=calibration["seq_len"],
+        calibration=calibration["text"],
+        asked=held_out["sparsity"],
+        **{key: held_out[key] for key in ("achieved", "perplexity", "dense_perplexity", "kl", "agreement")},
+        dense_bytes=report["bytes_per_token"]["dense"] / 1e6,
+        gated_bytes=report["bytes_per_token"]["gated"] / 1e6,
+        n=len(report["projections"]),
+        layers=report["layers"],
+        targets=", ".join(options["targets"]),
+        samples=calibration["samples"],
+        seed=calibration["seed"],
+        revision=f" --revision {source.revision}" if on_hub else "",
+        options=" ".join(f"--{name.replace('_', '-')} {value}" for name, value in _scalars(options)),
+        version=report["versions"]["wina-convert"],
+        torch=report["versions"]["torch"],
+        transformers=report["versions"]["transformers"],
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(folder / CARD)
+
+
+def _scalars(options: dict[str, Any]) -> list[tuple[str, Any]]:
+    pairs = [(name, value) for name, value in options.items() if not isinstance(value, list) and value is not None]
+    return pairs + [(name, value) for name in ("targets", "ignore") for value in options[name]]

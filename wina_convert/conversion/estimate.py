@@ -1,0 +1,77 @@
+"""What a plan amounts to: the bytes a token reads, the disk a conversion takes and the time it is expected to."""
+
+import time
+from typing import Any
+
+import torch
+
+from ..fitting.calibrate import PILOT
+from ..fitting.thresholds import levels
+from ..format.folder import sidecars
+from ..models.source import Source
+from ..models.text import HELD_OUT
+from ..runtime.kernels import gated_linear
+from .plan import ConversionPlan
+
+# What a dry run assumes to tell the time; the products, most of the work on a large model, it measures.
+DISK_RATE = 5e8  # bytes a second
+SCORE_RATE = 1e8  # activations counted a second
+CALL_SECONDS = 3e-3  # a decoder layer's overhead for a sequence
+
+
+def shape_report(plan: ConversionPlan, sparsity: float) -> dict[str, Any]:
+    """The part of a report that the plan alone decides."""
+    return {
+        "layers": plan.n_layers,
+        "bytes_per_token": {"dense": plan.dense_bytes_per_token, "gated": plan.bytes_per_token(sparsity)},
+        "disk_bytes": plan.disk_bytes,
+        "projections": {
+            projection.name: {"in_features": projection.in_features, "out_features": projection.out_features}
+            for projection in plan.projections
+        },
+    }
+
+
+def disk_bytes(source: Source, plan: ConversionPlan, sparsity: float, samples: int, length: int) -> int:
+    """What a conversion needs: the checkpoint, the files beside it, and two snapshots of the hidden states for `resume`."""
+    states = len(levels(sparsity)) * samples * length * plan.hidden_size * plan.dtype.itemsize
+    beside = sum((source.path / path).stat().st_size for path in sidecars(source.path))
+    return plan.disk_bytes + beside + 2 * states
+
+
+def plan_report(
+    source: Source, plan: ConversionPlan, sparsity: float, samples: int, length: int, device: torch.device
+) -> dict[str, Any]:
+    """What a dry run tells: what would be gated, bytes a token before and after, time and disk."""
+    calibrated = len(levels(sparsity)) * (samples + min(PILOT, samples))
+    passes = calibrated + 3 * HELD_OUT  # sequences that go through a layer
+    layer_weights = sum(spec.numel for spec in source.tensors.values()) - plan.embedding_bytes // plan.dtype.itemsize
+    scored = calibrated * length * sum(projection.in_features for projection in plan.projections)
+    seconds = (
+        2 * layer_weights * length * passes / product_rate(plan, length, device)
+        + scored / SCORE_RATE
+        + plan.n_layers * passes * CALL_SECONDS
+        + 4 * plan.disk_bytes / DISK_RATE  # read, written, and both read again for verification
+    )
+    return {
+        "source": {"name": source.name, "revision": source.revision},
+        "sparsity": sparsity,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "device": str(device),
+        **shape_report(plan, sparsity),
+        "seconds": round(seconds, 1),
+    }
+
+
+def product_rate(plan: ConversionPlan, length: int, device: torch.device, seconds: float = 0.2) -> float:
+    """Measured FLOP a second of a gated product like the model's, for the time a dry run expects."""
+    widest = max(plan.projections, key=lambda projection: projection.weights)
+    x = torch.ones(length, widest.in_features, dtype=plan.dtype, device=device)
+    weight_t = torch.ones(widest.in_features, min(widest.out_features, 4096), dtype=plan.dtype, device=device)
+    tau = torch.zeros(widest.in_features, device=device)
+    gated_linear(x, weight_t, tau, None).sum().item()
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        gated_linear(x, weight_t, tau, None).sum().item()
+        count += 1
+    return count * 2 * length * weight_t.numel() / (time.perf_counter() - start)

@@ -1,0 +1,125 @@
+"""Calibrates and writes a model one decoder layer after another, and goes on where an interrupted conversion stopped."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..fitting.calibrate import States, calibrate_layer
+from ..fitting.thresholds import threshold_curve
+from ..format.config import WinaConfig
+from ..format.grid import GRID
+from ..format.names import THRESHOLDS
+from ..format.shard_writer import ShardWriter
+from ..format.shards import sentinel
+from ..models.source import Source
+from ..models.stream import gated_stream
+from ..progress import Progress
+from ..runtime.linear import gated_modules
+from . import plot as pictures
+from .plan import ConversionPlan
+from .staging import Staging
+from .weights import stored_tensors
+
+
+def write_layers(
+    source: Source,
+    plan: ConversionPlan,
+    config: WinaConfig,
+    tokens: Tensor,
+    at_a_time: int,
+    device: torch.device,
+    shards: ShardWriter,
+    staging: Staging,
+    progress: Progress,
+    plot: bool,
+) -> dict[str, pictures.ScoreCurve]:
+    """Calibrate and write the model layer by layer, from the snapshot on where there is one.
+
+    Returns:
+        the distribution of scores of every projection near the default sparsity, where `plot` asks for it.
+    """
+
+    def read(keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        for key in dict.fromkeys(plan.origin[key] for key in keys):
+            yield from stored_tensors(source, plan.steps, [key]).items()
+
+    model = gated_stream(source, config, plan.dtype, plan.tensors, read, device)
+    keys_of = {projection.name: projection.key for projection in plan.projections}
+    by_layer = [model.layer_keys(index) for index in range(plan.n_layers)]
+    inside = {plan.origin[key] for keys in by_layer for key in keys}
+    outside = [key for key in source.tensors if key not in inside]
+    kept: dict[str, pictures.ScoreCurve] = {}
+    sparsity = config.sparsity or 0.0
+    shown = min(config.calibration["levels"], key=lambda level: abs(level - sparsity))
+    embedded = model.embed(tokens.split(at_a_time))
+    done = 0
+    if staging.snapshot is None:
+        with progress("Writing embeddings", sum(source.tensors[key].nbytes for key in outside), "B") as advance:
+            for key in outside:
+                shards.write(stored_tensors(source, plan.steps, [key]))
+                advance(source.tensors[key].nbytes)
+            shards.write({plan.sentinel: sentinel()})
+        states = {level: list(embedded) for level in config.calibration["levels"]}
+    else:
+        done = staging.snapshot.layers
+        written = {plan.origin[key] for keys in by_layer[:done] for key in keys} | {*outside}
+        shards.skip({plan.sentinel, *(name for name, key in plan.origin.items() if key in written)})
+        states, kept = _restore(staging.snapshot.tensors, device)
+    del embedded
+    saved, cost = time.monotonic(), 0.0
+    units = plan.n_layers * len(tokens) * len(config.calibration["levels"])
+    with progress("Calibrating and writing layers", units, "sequence") as advance:
+        advance(done * units // plan.n_layers)
+        for index, keys in enumerate(by_layer[done:], done):
+            tensors = stored_tensors(source, plan.steps, dict.fromkeys(plan.origin[key] for key in keys))
+            shards.write(tensors)
+            curves = {key: torch.zeros(len(GRID)) for key in keys if key.endswith(f".{THRESHOLDS}")}
+            with model.layer(index, tensors | curves) as run:
+                gates = {name: gate for name, gate in gated_modules(model.model).items() if not gate.weight_t.is_meta}
+                histograms = calibrate_layer(run, gates, states, advance, plan.budget)
+                for gate in gates.values():
+                    gate.forget_threshold()
+            for name, found in histograms.items():
+                curve = threshold_curve(found, GRID, partial(plan.budget.asked, name))
+                shards.write({f"{keys_of[name]}.{THRESHOLDS}": curve})
+                if plot:
+                    kept[name] = pictures.score_curve(found[shown], plan.budget.asked(name, sparsity))
+            # A snapshot may take a second and a layer too: it may cost a twentieth of the time.
+            now, last = time.monotonic(), index + 1 == plan.n_layers
+            if last or now - saved >= 20 * cost:
+                shards.sync()
+                staging.save(index + 1, _carried({} if last else states, kept))
+                saved = time.monotonic()
+                cost = saved - now
+    return {projection.name: kept[projection.name] for projection in plan.projections} if plot else {}
+
+
+def _carried(states: States, kept: Mapping[str, pictures.ScoreCurve]) -> dict[str, Tensor]:
+    """What goes from layer to layer, as named tensors."""
+    tensors = {f"states/{level}/{n}": batch for level, batches in states.items() for n, batch in enumerate(batches)}
+    for name, curve in kept.items():
+        tensors |= {f"scores/{name}": curve.scores, f"density/{name}": curve.density}
+        tensors[f"threshold/{name}"] = torch.tensor(curve.threshold, dtype=torch.float64)
+    return tensors
+
+
+def _restore(tensors: Mapping[str, Tensor], device: torch.device) -> tuple[States, dict[str, pictures.ScoreCurve]]:
+    """The inverse of `_carried`."""
+    states: dict[float, dict[int, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("states/"):
+            _, level, number = name.split("/")
+            states.setdefault(float(level), {})[int(number)] = tensor.to(device)
+    kept = {
+        name.removeprefix("scores/"): pictures.ScoreCurve(
+            tensor,
+            tensors[name.replace("scores/", "density/", 1)],
+            tensors[name.replace("scores/", "threshold/", 1)].item(),
+        )
+        for name, tensor in tensors.items()
+        if name.startswith("scores/")
+    }
+    return {level: [batches[n] for n in range(len(batches))] for level, batches in states.items()}, kept

@@ -1,0 +1,99 @@
+"""The options of a conversion, once: the command line, `convert`, a report, a card and the identity of a resume read them here.
+
+Imports nothing heavy, so that the command line's help shows at once.
+"""
+
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from ..errors import OptionError
+from ..format.grid import check_sparsity
+from ..models.documents import BUNDLED
+
+# What an option decides: REPORT, the bytes of the checkpoint, and it is recorded; IDENTITY, bytes only; RUN, how it goes.
+REPORT, IDENTITY, RUN = "report", "identity", "run"
+
+
+def _option(default: Any, decides: str, text: str, shown: str | None = None, off: tuple[str, str] | None = None) -> Any:
+    """A field: its default, what it decides, its help, the default shown where it is none, the flag that turns it off."""
+    return field(default=default, metadata={"decides": decides, "help": text, "shown": shown, "off": off})
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """The options of a conversion.
+
+    Raises:
+        OptionError: a value cannot be used.
+    """
+
+    sparsity: float = _option(
+        0.5, REPORT, "Default fraction of each projection's inputs to skip, 0 to 0.95. All others are stored too."
+    )
+    calibration: str = _option(
+        BUNDLED,
+        REPORT,
+        "Text to fit the thresholds on: bundled, a .txt, .jsonl or .parquet file, or a Hub dataset (name or name:split).",
+    )
+    samples: int = _option(64, REPORT, "Calibration sequences; fewer are used where the text has fewer.")
+    seq_len: int | None = _option(None, REPORT, "Tokens of a sequence.", shown="512, or the model's context if shorter")
+    batch_size: int = _option(1, REPORT, "Sequences computed at a time on a GPU; a CPU takes one, which is as fast.")
+    seed: int = _option(0, REPORT, "Seed of the choice of sequences.")
+    device: str = _option("auto", IDENTITY, "auto, cpu, cuda, cuda:1 ...")
+    dtype: str = _option("auto", REPORT, "auto (as the source), float32, bfloat16 or float16.")
+    max_shard_size: str = _option("5GB", REPORT, "Largest weight file.")
+    targets: tuple[str, ...] = _option(
+        ("all",),
+        REPORT,
+        "What to gate: all, attention, mlp, or patterns such as '*.down_proj'; repeat or separate by commas.",
+    )
+    ignore: tuple[str, ...] = _option((), REPORT, "Patterns to leave dense, such as 'model.layers.0.*'.")
+    overwrite: bool = _option(False, RUN, "Replace an existing WINA checkpoint, or discard an unfinished one.")
+    resume: bool = _option(False, RUN, "Continue an interrupted conversion; the same options are needed.")
+    keep: bool = _option(
+        True,
+        RUN,
+        "Leave an interrupted conversion in a hidden folder beside the target, for resume.",
+        off=("--no-keep", "Leave nothing for --resume when interrupted."),
+    )
+    dry_run: bool = _option(False, RUN, "Print the plan, time and disk expected, and touch nothing.")
+    plot: bool = _option(False, IDENTITY, "Also write PNG pictures (needs the extra 'plot').")
+    revision: str | None = _option(None, RUN, "Branch, tag or commit on the Hub.")
+    token: str | None = _option(None, RUN, "Hub access token.", shown="that of `hf auth login`")
+    trust_remote_code: bool = _option(False, RUN, "Allow the model's own Python code. Off by default.")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sparsity", check_sparsity(self.sparsity))
+        object.__setattr__(self, "targets", tuple(self.targets))
+        object.__setattr__(self, "ignore", tuple(self.ignore))
+        if self.samples < 1 or self.batch_size < 1:
+            raise OptionError(f"samples is {self.samples} and batch size is {self.batch_size}; both must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise OptionError(f"seed is {self.seed}; give 0 to {2**63 - 1}")
+
+    def deciding(self, *what: str) -> dict[str, Any]:
+        """The options that decide any of `what`, by name, for JSON."""
+        values = asdict(self)
+        chosen = {f.name: values[f.name] for f in fields(self) if f.metadata["decides"] in what}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
+
+
+def documented(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a function that takes `**options` their names and defaults in its signature, and their help in its docstring."""
+    signature = inspect.signature(function)
+    positional = [p for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    others = [p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+    options = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in fields(ConversionOptions)
+    ]
+    function.__signature__ = signature.replace(parameters=[*positional, *options, *others])  # type: ignore[attr-defined]
+    lines = []
+    for f in fields(ConversionOptions):
+        text = f.metadata["help"] + (f" None: {f.metadata['shown']}." if f.metadata["shown"] else "")
+        lines += textwrap.wrap(f"{f.name}: {text}", 120, initial_indent=" " * 8, subsequent_indent=" " * 12)
+    function.__doc__ = (function.__doc__ or "").replace("        **options\n", "\n".join(lines) + "\n")
+    return function

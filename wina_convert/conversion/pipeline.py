@@ -1,0 +1,139 @@
+"""`convert`: the straight line from a source to a published checkpoint, and nothing else."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from .. import __version__
+from ..fitting.thresholds import levels
+from ..format.config import WinaConfig
+from ..format.manifest import write_manifest
+from ..format.names import CONFIG
+from ..format.names import REPORT as REPORT_FILE
+from ..format.shard_writer import ShardWriter, shard_bytes
+from ..models.device import choose_device
+from ..models.documents import read_documents
+from ..models.source import Source, open_source
+from ..models.text import HELD_OUT, check_vocabulary, load_tokenizer, sequence_length, sequences, split
+from ..progress import Progress, silent
+from . import plot as pictures
+from .card import write_card
+from .estimate import disk_bytes, plan_report, shape_report
+from .files import check_space, check_target, copy_sidecars, write_config, write_json
+from .layers import write_layers
+from .options import IDENTITY, REPORT, ConversionOptions, documented
+from .plan import make_plan
+from .proof import prove
+from .staging import staged
+
+
+@documented
+def convert(
+    model: str,
+    out: str | Path,
+    *,
+    progress: Progress = silent,
+    tqdm_class: type[Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Turn a Hugging Face causal LM into a WINA checkpoint.
+
+    One decoder layer is in memory at a time, and the folder appears only when it is complete and verified.
+
+    Args:
+        model: local folder or Hub id.
+        out: folder to write.
+        **options
+        progress: how to report progress; see the module `progress`.
+        tqdm_class: progress bar for downloads.
+
+    Returns:
+        the report, as in wina_report.json; for a dry run, the plan.
+
+    Raises:
+        WinaError: whatever stands in the way; nothing is written then.
+    """
+    asked = ConversionOptions(**options)
+    shard_bytes(asked.max_shard_size)
+    device = choose_device(asked.device)
+    if asked.plot:
+        pictures.check_available()
+    check_target(Path(out), model, asked.overwrite)
+    source = open_source(
+        model, asked.revision, asked.token, asked.trust_remote_code, asked.dry_run, tqdm_class, progress
+    )
+    plan = make_plan(source, asked.targets, asked.ignore, asked.dtype)
+    length = sequence_length(source, asked.seq_len)
+    if asked.dry_run:
+        return plan_report(source, plan, asked.sparsity, asked.samples, length, device)
+    check_space(Path(out), disk_bytes(source, plan, asked.sparsity, asked.samples, length))
+    # A CPU gains nothing from more sequences at a time, and one by one they give the same bits.
+    at_a_time = 1 if device.type == "cpu" else asked.batch_size
+
+    documents = read_documents(asked.calibration)
+    packed = sequences(documents, load_tokenizer(source), length, asked.samples + HELD_OUT, asked.calibration)
+    check_vocabulary(packed, source)
+    tokens, held_out = split(packed, asked.samples, asked.seed)
+    text = Path(asked.calibration).name if Path(asked.calibration).is_file() else asked.calibration
+    used = replace(asked, seq_len=length, calibration=text, device=str(device))
+    config = WinaConfig(
+        sparsity=used.sparsity,
+        prefill="gated",
+        modules=[projection.name for projection in plan.projections],
+        scheme=plan.scheme.name,
+        allocation=plan.budget.allocation,
+        calibration={
+            "text": text,
+            "samples": len(tokens),
+            "seq_len": length,
+            "seed": used.seed,
+            "levels": list(levels(used.sparsity)),
+            "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        },
+        source={"name": source.name, "revision": source.revision},
+        tool_version=__version__,
+    )
+    versions = {"wina-convert": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    identity = {
+        "source": config.source | {"files": fingerprints(source)},
+        "versions": versions,
+        "options": used.deciding(REPORT, IDENTITY),
+        "calibration": config.calibration | {"held_out_sha256": hashlib.sha256(held_out.numpy().tobytes()).hexdigest()},
+    }
+    with staged(Path(out), identity, asked.resume, asked.keep, asked.overwrite) as staging:
+        folder = staging.folder
+        with ShardWriter(folder, plan.tensors, asked.max_shard_size, staging.snapshot is not None) as shards:
+            curves = write_layers(
+                source, plan, config, tokens, at_a_time, device, shards, staging, progress, asked.plot
+            )
+        write_config(folder, source, config, plan)
+        copy_sidecars(source, folder)
+        proof = prove(source, plan, folder, held_out, device, at_a_time, progress)
+        report = {
+            "versions": versions,
+            "source": config.source,
+            "options": used.deciding(REPORT),
+            **shape_report(plan, used.sparsity),
+            "calibration": config.calibration,
+            "verification": {"sequences": len(held_out), **proof.as_dict()},
+        }
+        write_json(folder / REPORT_FILE, report)
+        write_card(folder, source, report)
+        if asked.plot:
+            pictures.draw_conversion(folder, report, curves)
+        write_manifest(folder)
+    return report
+
+
+def fingerprints(source: Source) -> dict[str, Any]:
+    """What shows that a source changed: its config's hash, and size and time of change of its weight files."""
+    files = sorted({spec.file for spec in source.tensors.values()})
+    stats = {file: (source.path / file).stat() for file in files}
+    return {
+        CONFIG: hashlib.sha256(source.config_text.encode()).hexdigest(),
+        **{file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
+    }

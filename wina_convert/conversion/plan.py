@@ -1,0 +1,157 @@
+"""What a conversion will do, from config.json and the safetensors headers alone: no weight is read."""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import OptionError, SourceError
+from ..fitting.budget import UNIFORM, Budget
+from ..fitting.schemes import SCHEMES, Scheme
+from ..format.dtypes import compute_dtype
+from ..format.names import WEIGHT, split_layer
+from ..format.shards import TensorSpec, sentinel
+from ..models.source import Source
+from ..models.stream import build_skeleton
+from ..models.structure import Projection, find_projections, lookup_bytes
+from ..runtime.keys import checkpoint_keys
+from .weights import Step, planned_headers, steps_of
+
+PRESETS = ("all", "attention", "mlp")
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """Which matrices are gated and what the checkpoint will hold.
+
+    Attributes:
+        projections: the gated matrices, in the order of the model.
+        scheme: how their inputs are scored.
+        budget: how the sparsity is divided among them.
+        steps: from a tensor of the source to those of the checkpoint.
+        tensors: every tensor of the checkpoint, in the order of the source.
+        origin: the key in the source that each was made from, but for the sentinel.
+        dtype: the dtype the model computes in.
+        cast: whether every floating tensor is stored in `dtype` (the user chose one).
+        layers: dotted path of the decoder layers.
+        n_layers: how many there are.
+        layer_bytes: the largest decoder layer of the source.
+        embedding_bytes: everything outside the decoder layers.
+        dense_bytes_per_token: bytes of weights the source reads for a token, embedding lookups aside.
+        hidden_size: features of the hidden states between the layers.
+    """
+
+    projections: tuple[Projection, ...]
+    scheme: Scheme
+    budget: Budget
+    steps: tuple[Step, ...]
+    tensors: tuple[TensorSpec, ...]
+    origin: Mapping[str, str]
+    dtype: torch.dtype
+    cast: bool
+    layers: str
+    n_layers: int
+    layer_bytes: int
+    embedding_bytes: int
+    dense_bytes_per_token: int
+    hidden_size: int
+
+    @property
+    def sentinel(self) -> str:
+        """Name of the empty tensor that stops a transformers without this package."""
+        return self.tensors[-1].name
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of all tensors of the checkpoint."""
+        return sum(spec.nbytes for spec in self.tensors)
+
+    @property
+    def gated_bytes(self) -> int:
+        """Bytes of the gated weights."""
+        return sum(projection.nbytes for projection in self.projections)
+
+    def bytes_per_token(self, sparsity: float) -> int:
+        """Bytes of weights and cutoffs that a token reads at this sparsity."""
+        gated = sum(projection.bytes_per_token(sparsity) for projection in self.projections)
+        return self.dense_bytes_per_token - self.gated_bytes + gated
+
+
+def make_plan(
+    source: Source, targets: Sequence[str] = ("all",), ignore: Sequence[str] = (), dtype: str = "auto"
+) -> ConversionPlan:
+    """Choose the projections to gate.
+
+    Args:
+        source: the checkpoint.
+        targets: "all", "attention", "mlp", or glob patterns of module names such as `*.down_proj`.
+        ignore: glob patterns of module names to leave dense, such as `model.layers.0.*`.
+        dtype: "auto" (as the source is), "float32", "bfloat16" or "float16".
+
+    Raises:
+        OptionError: a pattern matches nothing, nothing is left to gate, or the dtype is unknown.
+        SourceError: the checkpoint does not hold the model that its config describes.
+    """
+    compute = compute_dtype(source, dtype)
+    model = build_skeleton(source, compute)
+    keys = checkpoint_keys(model, source.tensors)
+    cast = compute if dtype != "auto" else None
+    projections = find_projections(source, model, keys, cast)
+    if not projections:
+        raise SourceError(f"{source.name} has no decoder layer; check its config.json")
+    chosen = _choose(projections, source, targets, ignore)
+    scheme = SCHEMES["wina"]
+    steps = steps_of(chosen, scheme, cast)
+    headers = {key: planned_headers(steps, spec) for key, spec in source.tensors.items()}
+    empty = sentinel()
+    path = source.architecture.layers
+    stored_bytes = {spec.name: spec.numel * (cast or spec.dtype).itemsize for spec in source.tensors.values()}
+    layers: dict[int, int] = {}
+    for name, key in keys.items():
+        place = split_layer(name)
+        if place and place[0] == path:
+            layers[place[1]] = layers.get(place[1], 0) + stored_bytes[key]
+    outside = sum(stored_bytes[key] for name, key in keys.items() if not name.startswith(f"{path}."))
+    return ConversionPlan(
+        projections=chosen,
+        scheme=scheme,
+        budget=UNIFORM,
+        steps=steps,
+        tensors=(
+            *(spec for specs in headers.values() for spec in specs),
+            TensorSpec(f"{chosen[0].key}.{WEIGHT}", empty.dtype, tuple(empty.shape)),
+        ),
+        origin={spec.name: key for key, specs in headers.items() for spec in specs},
+        dtype=compute,
+        cast=cast is not None,
+        layers=path,
+        n_layers=len(layers),
+        layer_bytes=max(layers.values()),
+        embedding_bytes=outside,
+        dense_bytes_per_token=sum(layers.values()) + outside - lookup_bytes(model, keys, stored_bytes),
+        hidden_size=model.config.get_text_config().hidden_size,
+    )
+
+
+def _choose(
+    projections: list[Projection], source: Source, targets: Sequence[str], ignore: Sequence[str]
+) -> tuple[Projection, ...]:
+    family = source.architecture
+    blocks = {"all": (*family.attention, *family.mlp), "attention": family.attention, "mlp": family.mlp}
+    patterns = [f"*.{short}" for target in targets for short in blocks.get(target, ())]
+    patterns += [target for target in targets if target not in blocks]
+    for pattern in (*patterns, *ignore):
+        if not any(fnmatch.fnmatchcase(projection.name, pattern) for projection in projections):
+            raise OptionError(
+                f"{pattern!r} matches no projection; give {', '.join(PRESETS)} or a pattern like '*.{family.mlp[-1]}', "
+                f"which is matched against names like {projections[0].name!r}"
+            )
+
+    def matches(projection: Projection, choice: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(projection.name, pattern) for pattern in choice)
+
+    chosen = tuple(p for p in projections if matches(p, patterns) and not matches(p, ignore))
+    if not chosen:
+        raise OptionError("nothing is left to gate: --ignore takes away everything that --targets names")
+    return chosen

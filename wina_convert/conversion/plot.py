@@ -1,0 +1,132 @@
+"""Pictures of a conversion: asked against achieved sparsity per layer, and the score histograms with their thresholds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import OptionError
+from ..fitting.histogram import ScoreHistogram
+from ..format.names import split_layer
+
+SPARSITY_PNG = "wina_sparsity.png"
+SCORES_PNG = "wina_scores.png"
+
+
+def check_available() -> None:
+    """Refuse early where matplotlib is missing.
+
+    Raises:
+        OptionError: it is.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise OptionError("--plot needs matplotlib; pip install 'wina-convert[plot]'") from error
+
+
+@dataclass(frozen=True)
+class ScoreCurve:
+    """What the picture of one projection's scores needs of its histogram.
+
+    Attributes:
+        scores: [G], float64, where there are any.
+        density: [G], float64, fraction of scores per factor of 2.
+        threshold: at the default sparsity.
+    """
+
+    scores: Tensor
+    density: Tensor
+    threshold: float
+
+
+def score_curve(histogram: ScoreHistogram, sparsity: float) -> ScoreCurve:
+    """The distribution above its lowest 0.2%, and the threshold."""
+    scores, density = histogram.density()
+    shown = scores > histogram.quantile(0.002)
+    return ScoreCurve(scores[shown], density[shown], histogram.quantile(sparsity))
+
+
+def draw_conversion(folder: Path, report: Mapping[str, Any], curves: Mapping[str, ScoreCurve]) -> None:
+    """Write both pictures into a folder.
+
+    Args:
+        folder: where to.
+        report: as in wina_report.json.
+        curves: the distribution of scores of every projection.
+    """
+    draw_sparsity(folder / SPARSITY_PNG, report)
+    draw_scores(folder / SCORES_PNG, report["options"]["sparsity"], curves)
+
+
+def draw_sparsity(path: Path, report: Mapping[str, Any]) -> None:
+    """One line per kind of projection: the sparsity achieved on held-out calibration text, by layer."""
+    asked = report["options"]["sparsity"]
+    figure, ((axes,),) = _figure(9, 5)
+    kinds: dict[str, list[tuple[int, float]]] = {}
+    for name, achieved in report["verification"]["held_out"]["projections"].items():
+        layer, kind = _layer_and_kind(name)
+        kinds.setdefault(kind, []).append((layer, achieved))
+    for kind, points in kinds.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.2, label=kind)
+    axes.axhline(asked, color="black", linestyle="--", linewidth=1.2, label=f"asked {asked:.0%}")
+    axes.set(
+        xlabel="decoder layer",
+        ylabel="fraction of inputs skipped",
+        title="Sparsity achieved on held-out calibration text",
+    )
+    axes.yaxis.set_major_formatter(lambda value, position: f"{value:.0%}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, asked - 0.05), max(high, asked + 0.05))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    _save(figure, path)
+
+
+def draw_scores(path: Path, sparsity: float, curves: Mapping[str, ScoreCurve]) -> None:
+    """The distribution of scores of every kind of projection, a line a layer, with the thresholds as ticks on it."""
+    from matplotlib import colormaps
+
+    kinds: dict[str, list[tuple[int, ScoreCurve]]] = {}
+    for name, curve in curves.items():
+        layer, kind = _layer_and_kind(name)
+        kinds.setdefault(kind, []).append((layer, curve))
+    columns = min(4, len(kinds))
+    rows = -(-len(kinds) // columns)
+    figure, grid = _figure(max(4 * columns, 7), 3 * rows, rows, columns)
+    for axes, (kind, members) in zip(grid.flat, kinds.items(), strict=False):
+        last = max(layer for layer, _ in members)
+        for layer, curve in members:
+            color = colormaps["viridis"](layer / max(last, 1))
+            axes.plot(curve.scores.tolist(), curve.density.tolist(), color=color, linewidth=1)
+            if len(curve.scores):
+                height = float(curve.density[int((curve.scores - curve.threshold).abs().argmin())])
+                axes.plot([curve.threshold], [height], marker="|", markersize=16, markeredgewidth=2, color=color)
+        axes.set(xscale="log", title=kind, yticks=[])
+    for axes in grid.flat[len(kinds) :]:
+        axes.set_visible(False)
+    figure.supxlabel(f"score |x| · column norm; ticks are the thresholds at {sparsity:.0%}, dark lines early layers")
+    _save(figure, path)
+
+
+def _layer_and_kind(name: str) -> tuple[int, str]:
+    place = split_layer(name)
+    assert place is not None  # gated projections are in layers
+    return place[1], place[2]
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=120, metadata={"Software": None})

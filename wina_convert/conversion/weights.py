@@ -1,0 +1,157 @@
+"""How a tensor of the source becomes tensors of the checkpoint: a list of steps, which know headers before they see data.
+
+A plan asks the steps for headers, so that the files can be laid out before a weight is read; the conversion then sends each
+tensor of the source through the same steps.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import SourceError
+from ..fitting.schemes import Scheme
+from ..format.folder import Folder
+from ..format.grid import GRID
+from ..format.names import COLUMN_NORMS, THRESHOLDS, WEIGHT, WEIGHT_T
+from ..format.shards import TensorSpec
+from ..models.structure import Projection
+
+FINITE = 1 << 24  # weights checked at a time: bounds the temporaries of the check
+
+
+class Step(Protocol):
+    """One step from the source to the checkpoint."""
+
+    def needs(self, key: str) -> Sequence[str]:
+        """Keys of other tensors of the source without which this one's result cannot be made."""
+        ...
+
+    def headers(self, spec: TensorSpec) -> list[TensorSpec]:
+        """The headers of what becomes of a tensor with this header."""
+        ...
+
+    def make(self, name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What becomes of a tensor, by name; `others` holds what it needs. A tensor of `headers` may come later: thresholds."""
+        ...
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Every floating tensor in the dtype that the user chose."""
+
+    dtype: torch.dtype
+
+    def needs(self, key: str) -> Sequence[str]:
+        """Nothing."""
+        return ()
+
+    def headers(self, spec: TensorSpec) -> list[TensorSpec]:
+        """The same in that dtype."""
+        return [TensorSpec(spec.name, self.dtype if spec.dtype.is_floating_point else spec.dtype, spec.shape)]
+
+    def make(self, name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same in that dtype.
+
+        Raises:
+            SourceError: a number does not fit.
+        """
+        if tensor.is_floating_point():
+            tensor = tensor.to(self.dtype)
+            if not finite(tensor):
+                raise SourceError(f"tensor {name!r} does not fit {self.dtype}; pass --dtype bfloat16 or float32")
+        return {name: tensor}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The weight of a gated projection transposed, with its column weights; its thresholds come from calibration.
+
+    Attributes:
+        projections: the gated ones by the key of their weight in the source.
+        scheme: how the columns are weighted.
+    """
+
+    projections: Mapping[str, Projection]
+    scheme: Scheme
+
+    def needs(self, key: str) -> Sequence[str]:
+        """Nothing."""
+        return ()
+
+    def headers(self, spec: TensorSpec) -> list[TensorSpec]:
+        """Weight, column weights and thresholds of a gated projection; anything else as it is."""
+        projection = self.projections.get(spec.name)
+        if projection is None:
+            return [spec]
+        shape = (projection.in_features, projection.out_features)
+        return [
+            TensorSpec(f"{projection.key}.{WEIGHT_T}", spec.dtype, shape),
+            TensorSpec(f"{projection.key}.{COLUMN_NORMS}", torch.float32, shape[:1]),
+            TensorSpec(f"{projection.key}.{THRESHOLDS}", torch.float32, (len(GRID),)),
+        ]
+
+    def make(self, name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weight and column weights of a gated projection; anything else as it is."""
+        projection = self.projections.get(name)
+        if projection is None:
+            return {name: tensor}
+        weight_t = (tensor if projection.transposed_in_source else tensor.t()).contiguous()
+        return {
+            f"{projection.key}.{WEIGHT_T}": weight_t,
+            f"{projection.key}.{COLUMN_NORMS}": self.scheme.column_weights(weight_t),
+        }
+
+
+def steps_of(projections: Iterable[Projection], scheme: Scheme, cast: torch.dtype | None) -> tuple[Step, ...]:
+    """The steps of a conversion that gates these projections and, with `cast`, stores everything in that dtype."""
+    gate = Gate({f"{projection.key}.{WEIGHT}": projection for projection in projections}, scheme)
+    return (gate,) if cast is None else (Cast(cast), gate)
+
+
+def planned_headers(steps: Sequence[Step], spec: TensorSpec) -> list[TensorSpec]:
+    """The headers of what the steps make of a tensor of the source."""
+    specs = [TensorSpec(spec.name, spec.dtype, spec.shape)]
+    for step in steps:
+        specs = [made for one in specs for made in step.headers(one)]
+    return specs
+
+
+def stored_tensors(source: Folder, steps: Sequence[Step], keys: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors of the checkpoint made from these of the source, thresholds aside.
+
+    Args:
+        source: the checkpoint to convert.
+        steps: what is done to each.
+        keys: keys of the source.
+
+    Raises:
+        SourceError: a tensor holds NaN or infinity, or cannot be read.
+    """
+    made: dict[str, Tensor] = {}
+    for key, tensor in _finite_tensors(source, keys):
+        others = dict(_finite_tensors(source, {other for step in steps for other in step.needs(key)}))
+        tensors = {key: tensor}
+        for step in steps:
+            tensors = {
+                name: result
+                for before, one in tensors.items()
+                for name, result in step.make(before, one, others).items()
+            }
+        made |= tensors
+    return made
+
+
+def _finite_tensors(source: Folder, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    for key, tensor in source.read(keys):
+        if not finite(tensor):
+            raise SourceError(f"tensor {key!r} in {source.path / source.tensors[key].file} holds NaN or infinity")
+        yield key, tensor
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
+    floating = tensor.is_floating_point()
+    return not floating or all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(FINITE))

@@ -1,0 +1,104 @@
+"""WinaConfig: exactly what `quantization_config` of a WINA checkpoint's config.json stores, and its checks."""
+
+import warnings
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import CheckpointError, OptionError
+from .grid import GRID, check_sparsity
+
+FORMAT_VERSION = 1
+PREFILL = ("gated", "dense")
+
+
+@dataclass
+class WinaConfig(QuantizationConfigMixin):
+    """Configuration of a WINA checkpoint; with `from_pretrained`, a way to choose the sparsity or the prefill.
+
+    Attributes:
+        sparsity: fraction of every gated projection's inputs to skip, within [0, 0.95]; None: the checkpoint's default.
+        prefill: "gated" skips in every call; "dense" only where a call brings one token a sequence. None: the default.
+        grid: ascending sparsities at which the checkpoint stores thresholds, the first 0.
+        modules: full names of the gated projections, in the order of the model.
+        scheme: how the score's column weights were made ("wina": L2 norms).
+        allocation: how the budget is divided among projections ("uniform": all alike).
+        calibration: what the thresholds were fitted on.
+        source: what was converted.
+        tool_version: version of the package that wrote the checkpoint.
+        format_version: version of the stored format.
+
+    Raises:
+        OptionError: `sparsity` or `prefill` cannot be used.
+        CheckpointError: the stored fields are of a newer format or do not fit together.
+    """
+
+    sparsity: float | None = None
+    prefill: str | None = None
+    grid: list[float] = field(default_factory=lambda: list(GRID))
+    modules: list[str] = field(default_factory=list)
+    scheme: str = "wina"
+    allocation: str = "uniform"
+    calibration: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
+    tool_version: str = ""
+    format_version: int = FORMAT_VERSION
+    quant_method: str = "wina"  # type: ignore[assignment] # the base class knows its own methods only
+
+    def __post_init__(self) -> None:
+        if self.sparsity is not None:
+            self.sparsity = check_sparsity(self.sparsity)
+        if self.prefill is not None and self.prefill not in PREFILL:
+            raise OptionError(f"prefill is {self.prefill!r}; give one of {', '.join(PREFILL)}")
+        grid = self.grid
+        ascending = (
+            isinstance(grid, list)
+            and 2 <= len(grid) <= 1000
+            and all(isinstance(point, (int, float)) and 0 <= point <= 1 for point in grid)
+            and grid[0] == 0
+            and all(a < b for a, b in pairwise(grid))
+        )
+        if not ascending:
+            raise CheckpointError("quantization_config.grid of config.json is not an ascending list that starts at 0")
+        if not isinstance(self.modules, list) or not all(isinstance(name, str) for name in self.modules):
+            raise CheckpointError("quantization_config.modules of config.json is not a list of names")
+        for name, kind in (
+            ("calibration", dict),
+            ("source", dict),
+            ("scheme", str),
+            ("allocation", str),
+            ("tool_version", str),
+        ):
+            if not isinstance(getattr(self, name), kind):
+                raise CheckpointError(f"quantization_config.{name} of config.json is no {kind.__name__}")
+        if self.sparsity is not None and self.sparsity > grid[-1]:
+            raise OptionError(f"sparsity is {self.sparsity}; this checkpoint has thresholds up to {grid[-1]}")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "WinaConfig":  # type: ignore[override]
+        """Read the stored block.
+
+        Raises:
+            CheckpointError: its format version is unknown, or a field is.
+        """
+        version = config_dict.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"this checkpoint has WINA format version {version!r} and this wina-convert reads version "
+                f"{FORMAT_VERSION}; run `pip install --upgrade wina-convert`"
+            )
+        unknown = sorted(set(config_dict) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise CheckpointError(f"quantization_config of config.json has unknown fields: {', '.join(unknown)}")
+        return cls(**config_dict)
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What a caller of `from_pretrained` may override; transformers merges it into the stored config.
+
+        It asks for this just before it warns that there are two configs, which for this one is the ordinary use.
+        """
+        warnings.filterwarnings("ignore", message=r"You passed `quantization_config`.*\['(sparsity|prefill)'")
+        chosen = {"sparsity": self.sparsity, "prefill": self.prefill}
+        return {name: value for name, value in chosen.items() if value is not None}

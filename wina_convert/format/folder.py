@@ -1,0 +1,106 @@
+"""A model's folder as it lies on the disk, a source's or a checkpoint's: config.json, headers, and the files beside them."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..architectures import ARCHITECTURES, Architecture
+from ..errors import SourceError
+from .names import CARD, CONFIG, MANIFEST, REPORT
+from .shards import TensorSpec, read_tensors
+from .trust import check_config, contained
+
+# weights in other formats, which a conversion neither needs nor copies
+OTHER_WEIGHTS = (
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.gguf",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+    "*.onnx_data",
+    "*.tflite",
+    "*.ot",
+)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder with a model's config and weights.
+
+    Attributes:
+        name: what to call it: the Hub id, or the name of the local folder.
+        path: where the files are.
+        config: config.json, parsed.
+        config_text: config.json as it is.
+        tensors: every stored tensor by its key.
+    """
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    config_text: str
+    tensors: dict[str, TensorSpec]
+
+    @property
+    def architecture(self) -> Architecture:
+        """The family, as data."""
+        return ARCHITECTURES[self.config["model_type"]]
+
+    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors by key, on the CPU.
+
+        Raises:
+            SourceError: a file cannot be read.
+        """
+        return read_tensors(self.path, [self.tensors[key] for key in keys])
+
+
+def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
+    """config.json of a folder, as text and parsed.
+
+    Raises:
+        SourceError: it is missing or not a JSON object.
+    """
+    path = contained(folder, CONFIG)
+    if not path.is_file():
+        raise SourceError(f"{folder} has no {CONFIG}; give the folder of a Hugging Face model")
+    try:
+        text = path.read_bytes().decode("utf-8", errors="replace")  # with its line ends
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read ({error.strerror or error})") from error
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path} is not JSON ({error}); get the file again") from error
+    if not isinstance(config, dict):
+        raise SourceError(f"{path} is not a JSON object; get the file again")
+    check_config(str(folder), config)
+    return text, config
+
+
+def sidecars(folder: Path) -> list[Path]:
+    """The files that accompany the weights, relative to the folder: tokenizer, templates, generation config, licence ...
+
+    Not the weights in any format, config.json and README.md (both rewritten), and hidden files.
+
+    Raises:
+        SourceError: a name is not printable Unicode: it could not be written into the manifest, or not be shown.
+    """
+    ours = {CONFIG, CARD, REPORT, MANIFEST}
+    weights = (*OTHER_WEIGHTS, "*.safetensors", "*.index.json")
+    found = []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if path.is_file() and not hidden and str(relative) not in ours and not any(relative.match(p) for p in weights):
+            if not str(relative).isprintable():
+                raise SourceError(f"{str(relative)!r} in {folder} is no name for a file of a checkpoint; rename it")
+            found.append(relative)
+    return found

@@ -1,0 +1,31 @@
+"""The names of a WINA folder: its files, the leaves of a gated projection, and where in a model a projection is."""
+
+import re
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CARD = "README.md"
+REPORT = "wina_report.json"
+MANIFEST = "wina_manifest.json"
+SNAPSHOT = ".snapshot.safetensors"  # in the folder of an unfinished conversion only
+
+# The tensors of a gated projection P: P.weight_t, P.column_norms, P.thresholds, and P.bias where it has one.
+WEIGHT = "weight"
+WEIGHT_T = "weight_t"
+COLUMN_NORMS = "column_norms"
+THRESHOLDS = "thresholds"
+
+# What a transformers without this package shows to its user when it refuses the folder.
+INSTALL = "pip install wina-convert"
+
+_LAYER = re.compile(r"(.+?)\.(\d{1,9})\.(.+)")
+
+
+def split_layer(name: str) -> tuple[str, int, str] | None:
+    """A module's name as the path of the decoder layers, the layer's index and the module's name within the layer.
+
+    `model.layers.3.mlp.up_proj` is ("model.layers", 3, "mlp.up_proj"); None for a module of no layer.
+    """
+    match = _LAYER.fullmatch(name)
+    return (match[1], int(match[2]), match[3]) if match else None

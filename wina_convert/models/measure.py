@@ -1,0 +1,165 @@
+"""A gated model on text, beside the dense one: perplexity, KL, agreement, achieved sparsity; layer by layer."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..progress import Advance
+from ..runtime.linear import WinaLinear, gated_modules, observing
+from ..runtime.rule import dropped
+from .stream import StreamedModel
+
+POSITIONS = 64  # logits at a time: [64, vocabulary] in float32, a few times over, is what the head needs in memory
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A gated model at one sparsity, on some text.
+
+    Attributes:
+        sparsity: fraction of inputs asked to skip.
+        achieved: fraction skipped, over all gated projections, each counted by its weights.
+        projections: fraction skipped, by projection.
+        tokens: number of predicted tokens.
+        perplexity: exp of the mean negative log likelihood (nats).
+        dense_perplexity: of the dense model; None where none was given, as for the rest.
+        kl: mean KL(dense || gated) per token, in nats.
+        agreement: fraction of tokens at which both models' most likely next token is the same.
+        logit_error: largest difference of a logit, relative to the largest dense logit.
+    """
+
+    sparsity: float
+    achieved: float
+    projections: dict[str, float]
+    tokens: int
+    perplexity: float
+    dense_perplexity: float | None = None
+    kl: float | None = None
+    agreement: float | None = None
+    logit_error: float | None = None
+
+
+def measure(
+    gated: StreamedModel,
+    tokens: Tensor,
+    sparsities: Sequence[float],
+    dense: StreamedModel | None = None,
+    batch_size: int = 1,
+    same_head: bool = False,
+    advance: Advance = lambda done: None,
+) -> list[Measurement]:
+    """Run a gated model at several sparsities, and the dense one beside it, one decoder layer of each in memory.
+
+    Args:
+        gated: a WINA checkpoint.
+        tokens: [N, S], int64: the text.
+        sparsities: fractions to skip.
+        dense: the source; None: no comparison.
+        batch_size: sequences at a time.
+        same_head: what follows the layers is the same in both, so that one copy in memory will do.
+        advance: told the number of sequences that a layer has done.
+    """
+    batches = list(tokens.split(batch_size))
+    embedded = gated.embed(batches)
+    states = {sparsity: list(embedded) for sparsity in sparsities}
+    reference = dense.embed(batches) if dense else []
+    del embedded
+    names = list(gated_modules(gated.model))
+    skipped = {sparsity: dict.fromkeys(names, 0) for sparsity in sparsities}
+    for index in range(len(gated.layers)):
+        if dense:
+            with dense.layer(index) as run:
+                _advance_states(run, reference, advance)
+        with gated.layer(index) as run:
+            gates = {name: module for name, module in gated_modules(gated.model).items() if not module.weight_t.is_meta}
+            for sparsity, hidden in states.items():
+                for gate in gates.values():
+                    gate.set_sparsity(sparsity)
+                with observing(gates, _counter(skipped[sparsity])):
+                    _advance_states(run, hidden, advance)
+            for gate in gates.values():
+                gate.forget_threshold()
+    with gated.head() as head, dense.head() if dense and not same_head else nullcontext(head) as dense_head:
+        sums = {sparsity: _Sums() for sparsity in sparsities}
+        for number, batch in enumerate(batches):
+            for row, ids in enumerate(batch):
+                for start in range(0, len(ids) - 1, POSITIONS):
+                    positions = slice(start, min(start + POSITIONS, len(ids) - 1))
+                    target = ids[positions.start + 1 : positions.stop + 1]
+                    expected = dense_head(reference[number][row, positions]).float().cpu() if dense else None
+                    for sparsity, hidden in states.items():
+                        sums[sparsity].add(head(hidden[number][row, positions]).float().cpu(), target, expected)
+    weights = {name: module.in_features * module.out_features for name, module in gated_modules(gated.model).items()}
+    inputs = {name: module.in_features * tokens.numel() for name, module in gated_modules(gated.model).items()}
+    return [
+        _measurement(
+            sparsity, sums[sparsity], {name: skipped[sparsity][name] / inputs[name] for name in names}, weights
+        )
+        for sparsity in sparsities
+    ]
+
+
+def overall(fractions: Mapping[str, float], weights: Mapping[str, int]) -> float:
+    """Mean of a fraction over projections, each counted by its weights."""
+    return sum(fractions[name] * weights[name] for name in fractions) / sum(weights[name] for name in fractions)
+
+
+def _advance_states(run: Callable[[Tensor], Tensor], states: list[Tensor], advance: Advance) -> None:
+    for number, hidden in enumerate(states):
+        states[number] = run(hidden)
+        advance(len(hidden))
+
+
+def _counter(skipped: dict[str, int]) -> Callable[[str, WinaLinear, Tensor], None]:
+    def count(name: str, gate: WinaLinear, x: Tensor) -> None:
+        assert gate.tau is not None
+        skipped[name] += int(dropped(x, gate.tau).sum())
+
+    return count
+
+
+class _Sums:
+    """Running sums over tokens, in float64."""
+
+    def __init__(self) -> None:
+        self.tokens, self.nll, self.dense_nll, self.kl, self.agreed = 0, 0.0, 0.0, 0.0, 0
+        self.error, self.scale = 0.0, 0.0
+        self.compared = False
+
+    def add(self, logits: Tensor, target: Tensor, expected: Tensor | None) -> None:
+        """Add logits [P, vocabulary] float32, next tokens [P], and the dense model's logits."""
+        log_p = logits.log_softmax(-1)
+        self.tokens += len(target)
+        self.nll -= float(log_p.gather(1, target[:, None]).double().sum())
+        if expected is not None:
+            self.compared = True
+            log_q = expected.log_softmax(-1)
+            self.dense_nll -= float(log_q.gather(1, target[:, None]).double().sum())
+            kl = torch.nn.functional.kl_div(log_p, log_q, log_target=True, reduction="none")
+            self.kl += float(kl.sum(-1).double().sum())  # a float32 sum over all would depend on the number of threads
+            self.agreed += int((logits.argmax(-1) == expected.argmax(-1)).sum())
+            self.error = max(self.error, float((logits - expected).abs().max()))
+            self.scale = max(self.scale, float(expected.abs().max()))
+
+
+def _measurement(sparsity: float, sums: _Sums, fractions: dict[str, float], weights: Mapping[str, int]) -> Measurement:
+    compared = sums.compared
+    return Measurement(
+        sparsity=sparsity,
+        achieved=overall(fractions, weights),
+        projections=fractions,
+        tokens=sums.tokens,
+        perplexity=_exp(sums.nll / sums.tokens),
+        dense_perplexity=_exp(sums.dense_nll / sums.tokens) if compared else None,
+        kl=sums.kl / sums.tokens if compared else None,
+        agreement=sums.agreed / sums.tokens if compared else None,
+        logit_error=sums.error / sums.scale if compared and sums.scale else (0.0 if compared else None),
+    )
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf

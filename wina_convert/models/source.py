@@ -1,0 +1,105 @@
+"""Finds the model to convert, on disk or on the Hub, and refuses early what cannot be converted."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..architectures import ARCHITECTURES
+from ..errors import SourceError
+from ..format.folder import Folder, read_config
+from ..format.shards import TensorSpec, read_headers
+from ..format.trust import check_folder
+from ..progress import Progress, silent
+from . import hub
+
+CAUSAL_LM = ("ForCausalLM", "LMHeadModel")
+
+
+@dataclass(frozen=True)
+class Source(Folder):
+    """A checkpoint that can be converted: its files are there (unless only headers were asked for) and are consistent.
+
+    Attributes:
+        revision: commit hash on the Hub; None for a local folder.
+        trust_remote_code: whether the user allowed the checkpoint's own code.
+    """
+
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def open_source(
+    model: str,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    headers_only: bool = False,
+    tqdm_class: type[Any] | None = None,
+    progress: Progress = silent,
+) -> Source:
+    """Find a model and check that it can be converted.
+
+    Args:
+        model: a local folder or a Hub id.
+        revision: branch, tag or commit on the Hub.
+        token: Hub access token; None: the one that `hf auth login` stored.
+        trust_remote_code: allow the checkpoint's own Python code.
+        headers_only: from the Hub, fetch the config and the safetensors headers instead of the weights.
+        tqdm_class: the progress bar for downloads; None: huggingface_hub's own.
+        progress: how to report that the weights are being downloaded.
+
+    Raises:
+        SourceError: it cannot be found, read or supported; the message says why and what to do.
+    """
+    if Path(model).is_dir():
+        return _open_folder(Path(model).resolve().name, Path(model), None, trust_remote_code)
+    if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise SourceError(
+            f"{model} is not a folder; give the folder that holds config.json, or a Hub id such as org/name"
+        )
+    with hub.explained(model, revision):
+        if headers_only:
+            commit, folder = hub.fetch_headers(model, revision, token, tqdm_class, _check_config)
+            _check_tensors(model, folder.tensors)
+            return Source(**vars(folder), revision=commit, trust_remote_code=trust_remote_code)
+        _check_config(model, read_config(hub.fetch_config(model, revision, token, tqdm_class))[1])  # before the weights
+        path = hub.fetch_weights(model, revision, token, tqdm_class, progress)
+        return _open_folder(model, path, path.name, trust_remote_code)
+
+
+def _open_folder(name: str, folder: Path, revision: str | None, trust_remote_code: bool) -> Source:
+    text, config = read_config(folder)
+    _check_config(name, config)
+    check_folder(folder)
+    tensors = read_headers(folder)
+    _check_tensors(name, tensors)
+    return Source(name, folder, config, text, tensors, revision, trust_remote_code)
+
+
+def _check_config(name: str, config: dict[str, Any]) -> None:
+    """Refuse what its config.json shows cannot be converted."""
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "wina":
+        raise SourceError(f"{name} is a WINA checkpoint already; use `wina retarget` to change its sparsity")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise SourceError(f"{name} is quantized ({method}); convert the original float checkpoint")
+    model_type = config.get("model_type")
+    classes = config.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(entry, str) for entry in classes):
+        raise SourceError(
+            f"{name}: architectures in its config.json is {classes!r}, not a list of names; get the file again"
+        )
+    if classes and not any(entry.endswith(CAUSAL_LM) for entry in classes):
+        raise SourceError(f"{name} is not a causal language model ({', '.join(classes)}); give one that generates text")
+    experts = next((key for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key)), None)
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES or experts:
+        what = f"a mixture of experts ({model_type})" if experts else f"of family {model_type!r}"
+        raise SourceError(
+            f"{name} is {what}, which is not supported; supported are: {', '.join(sorted(ARCHITECTURES))}"
+        )
+
+
+def _check_tensors(name: str, tensors: dict[str, TensorSpec]) -> None:
+    if not any(spec.dtype.is_floating_point for spec in tensors.values()):
+        raise SourceError(f"{name} has no floating-point tensor; convert a checkpoint in float32, bfloat16 or float16")

@@ -1,0 +1,256 @@
+"""A causal LM whose decoder layers visit memory one at a time.
+
+The model is built on the meta device. Running it once with every decoder layer replaced by a pass-through records the hidden
+states after the embedding and the arguments (masks, rotary embeddings) that each layer gets. From then on a layer is loaded,
+run over all hidden states and put back on the meta device before the next one comes.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ..errors import SourceError, one_line
+from ..format.checkpoint import Checkpoint
+from ..format.config import WinaConfig
+from ..format.dtypes import compute_dtype
+from ..format.folder import Folder
+from ..format.shards import TensorSpec
+from ..format.trust import MAX_LAYERS
+from ..runtime.install import install
+from ..runtime.keys import check_parameters, checkpoint_keys, tied
+from .source import Source
+
+# Loads the tensors of these checkpoint keys: (key, tensor) pairs on the CPU.
+Reader = Callable[[Iterable[str]], Iterable[tuple[str, Tensor]]]
+
+
+def build_skeleton(folder: Folder, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a folder's config on the meta device, to compute in `dtype`.
+
+    Raises:
+        SourceError: transformers cannot build a model from the config.
+    """
+    trusted = isinstance(folder, Source) and folder.trust_remote_code
+    try:
+        if trusted and "auto_map" in folder.config:
+            revision = folder.revision if isinstance(folder, Source) else None
+            place = folder.path if folder.path.is_absolute() or revision is None else folder.name
+            config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=True)
+        else:
+            config = CONFIG_MAPPING[folder.config["model_type"]].from_dict(folder.config)
+        if config.get_text_config().num_hidden_layers > MAX_LAYERS:
+            raise ValueError(f"{config.get_text_config().num_hidden_layers} layers")
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
+    except Exception as error:  # whatever transformers makes of a strange config
+        raise SourceError(f"transformers cannot build {folder.name} from its config.json: {one_line(error)}") from error
+    model.train(False)
+    return model
+
+
+class StreamedModel:
+    """Runs a causal LM layer by layer, without gradients.
+
+    Attributes:
+        model: the skeleton; on the meta device but for what is being run.
+        layers: its decoder layers.
+        keys: checkpoint key of each parameter.
+
+    Raises:
+        SourceError: a parameter has no tensor of its shape in the checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: str,
+        keys: Mapping[str, str],
+        specs: Mapping[str, TensorSpec],
+        read: Reader,
+        device: torch.device,
+    ) -> None:
+        self.model, self.read, self.device = model, read, device
+        self.layers: list[nn.Module] = list(model.get_submodule(layers).children())
+        self.prefix = layers
+        self.keys = dict(keys)
+        self.aliases = tied(model, keys)
+        check_parameters(model, keys, specs)
+        self._outer = [name for name in self.keys if not name.startswith(f"{layers}.")]
+        # What each layer gets besides the hidden states, by the number of rows in a batch.
+        self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._captured: list[Tensor] = []
+        self._inject: Tensor | None = None
+        _initialise_buffers(model, device)
+
+    def layer_keys(self, index: int) -> list[str]:
+        """The checkpoint keys of a decoder layer."""
+        return [self.keys[name] for name in self._layer_names(index)]
+
+    def embed(self, batches: Iterable[Tensor]) -> list[Tensor]:
+        """Hidden states that enter the first decoder layer: [B, S] token ids -> [B, S, hidden] each."""
+        head = self._names_of(self.model.get_output_embeddings())
+        with self._loaded([name for name in self._outer if name not in head]), self._stubs(), torch.no_grad():
+            for batch in batches:
+                self.model.base_model(input_ids=batch.to(self.device), use_cache=False)
+        states, self._captured = self._captured, []
+        return states
+
+    @contextmanager
+    def layer(self, index: int, tensors: Mapping[str, Tensor] | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Load a decoder layer for the length of a with-block.
+
+        Args:
+            index: which layer.
+            tensors: its tensors by checkpoint key; None: read them.
+
+        Yields:
+            a function from hidden states [B, S, hidden] to hidden states [B, S, hidden].
+        """
+        module = self.layers[index]
+
+        @torch.no_grad()
+        def run(hidden: Tensor) -> Tensor:
+            args, kwargs = self._arguments[hidden.shape[0]][index]
+            output = module(hidden, *args, **kwargs)
+            result: Tensor = output[0] if isinstance(output, tuple) else output
+            return result
+
+        with self._loaded(self._layer_names(index), tensors):
+            yield run
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Load what follows the layers for the length of a with-block.
+
+        Yields:
+            a function from the last layer's hidden states [N, hidden] to logits [N, vocabulary].
+        """
+        embedding, head = (
+            self._names_of(module) for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        )
+        spared = embedding if head else set()  # tied: the input embedding is the output embedding
+
+        @torch.no_grad()
+        def logits(hidden: Tensor) -> Tensor:
+            # The layers pass through, so that whatever a family does after them is done here too.
+            self._inject = hidden[None]
+            output: Tensor = self.model(inputs_embeds=self._inject, use_cache=False).logits
+            return output[0]
+
+        with self._loaded([name for name in self._outer if name not in spared]), self._stubs():
+            yield logits
+        self._inject = None
+
+    def _layer_names(self, index: int) -> list[str]:
+        return [name for name in self.keys if name.startswith(f"{self.prefix}.{index}.")]
+
+    def _names_of(self, module: nn.Module | None) -> set[str]:
+        owners = {name for name, other in self.model.named_modules() if other is module}
+        return {name for name in self.keys if name.rpartition(".")[0] in owners}
+
+    @contextmanager
+    def _loaded(self, names: list[str], tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        by_key = {self.keys[name]: name for name in names}
+        empty = {name: _get(self.model, name) for name in names}
+        try:
+            for key, tensor in tensors.items() if tensors is not None else self.read(by_key):
+                if key in by_key:
+                    name = by_key[key]
+                    self._set(name, tensor.to(self.device, empty[name].dtype))
+            yield
+        finally:
+            for name, parameter in empty.items():
+                self._set(name, parameter)
+
+    def _set(self, name: str, tensor: Tensor) -> None:
+        _set(self.model, name, tensor)
+        if name in self.aliases:
+            _set(self.model, self.aliases[name], tensor)
+
+    @contextmanager
+    def _stubs(self) -> Iterator[None]:
+        """Replace every decoder layer by a pass-through that records what it was given."""
+
+        def stub(index: int) -> Callable[..., Tensor]:
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                if self._inject is not None:
+                    return self._inject
+                if index == 0:
+                    self._captured.append(hidden_states)
+                recorded = self._arguments.setdefault(hidden_states.shape[0], [])
+                if len(recorded) == index:
+                    recorded.append((args, kwargs))
+                return hidden_states
+
+            return forward
+
+        for index, layer in enumerate(self.layers):
+            layer.forward = stub(index)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+
+def gated_stream(
+    folder: Folder,
+    config: WinaConfig,
+    dtype: torch.dtype,
+    tensors: Iterable[TensorSpec],
+    read: Reader,
+    device: torch.device,
+) -> StreamedModel:
+    """The model of a source's config with gated projections installed, to be fed from a checkpoint's tensors."""
+    model = build_skeleton(folder, dtype)
+    install(model, config)
+    specs = {spec.name: spec for spec in tensors}
+    return StreamedModel(model, folder.architecture.layers, checkpoint_keys(model, specs), specs, read, device)
+
+
+def dense_stream(source: Folder, dtype: torch.dtype, device: torch.device) -> StreamedModel:
+    """The source as it is, computed in `dtype`."""
+    model = build_skeleton(source, dtype)
+    return StreamedModel(
+        model,
+        source.architecture.layers,
+        checkpoint_keys(model, source.tensors),
+        source.tensors,
+        source.read,
+        device,
+    )
+
+
+def checkpoint_stream(checkpoint: Checkpoint, device: torch.device) -> StreamedModel:
+    """A WINA checkpoint's model, with its thresholds."""
+    folder = checkpoint.folder
+    return gated_stream(
+        folder, checkpoint.config, compute_dtype(folder), folder.tensors.values(), checkpoint.read, device
+    )
+
+
+def _get(model: nn.Module, name: str) -> Tensor:
+    module, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(module), leaf)
+    return tensor
+
+
+def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
+    module, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(module)
+    if leaf in owner._parameters and not isinstance(tensor, nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=False)
+    setattr(owner, leaf, tensor)
+
+
+def _initialise_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Give the buffers (rotary frequencies) their values, through the model's own initialisation and nothing else's."""
+    for name, buffer in list(model.named_buffers()):
+        _set(model, name, torch.empty_like(buffer, device=device))
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    model.initialize_weights()

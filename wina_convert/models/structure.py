@@ -1,0 +1,111 @@
+"""What a causal LM's decoder layers are made of: the projections that can be gated, and what a token only looks up."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import SourceError
+from ..format.folder import Folder
+from ..format.names import WEIGHT
+from ..runtime.rule import bytes_read
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One gated matrix.
+
+    Attributes:
+        name: its module in the model, for example `model.layers.0.mlp.down_proj`.
+        key: its name in the checkpoint (the same, but where a checkpoint leaves out the base model's prefix).
+        layer: index of its decoder layer.
+        in_features: inputs, the columns of W.
+        out_features: outputs, the rows of W.
+        transposed_in_source: whether the source stores [in, out] already (GPT-2).
+        bias: whether it has a bias.
+        dtype: of the stored weight.
+    """
+
+    name: str
+    key: str
+    layer: int
+    in_features: int
+    out_features: int
+    transposed_in_source: bool
+    bias: bool
+    dtype: torch.dtype
+
+    @property
+    def weights(self) -> int:
+        """Number of weights; every budget and every mean over projections is weighted by it."""
+        return self.in_features * self.out_features
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight."""
+        return self.weights * self.dtype.itemsize
+
+    def bytes_per_token(self, sparsity: float) -> int:
+        """Bytes of weight and cutoffs that a token reads when this fraction of the inputs is skipped."""
+        return bytes_read(self.nbytes, self.in_features, sparsity)
+
+
+def find_projections(
+    folder: Folder, model: PreTrainedModel, keys: dict[str, str], dtype: torch.dtype | None
+) -> list[Projection]:
+    """Every projection that a family's decoder layers can gate.
+
+    Args:
+        folder: the folder.
+        model: its skeleton.
+        keys: checkpoint key of each parameter.
+        dtype: to store the weights in; None: as they are.
+
+    Raises:
+        SourceError: one is no plain linear map, or its tensor has another shape than config.json asks for.
+    """
+    family = folder.architecture
+    found = []
+    for index, layer in enumerate(model.get_submodule(family.layers).children()):
+        for short in (*family.attention, *family.mlp):
+            name = f"{family.layers}.{index}.{short}"
+            module = layer.get_submodule(short)
+            key = keys.get(f"{name}.{WEIGHT}", "").removesuffix(f".{WEIGHT}")
+            if type(module) not in (nn.Linear, Conv1D) or not key:
+                raise SourceError(f"{folder.name} has no plain weight for {name}; this variant is not supported")
+            spec = folder.tensors[f"{key}.{WEIGHT}"]
+            expected = tuple(model.get_parameter(f"{name}.{WEIGHT}").shape)
+            if spec.shape != expected:
+                raise SourceError(
+                    f"tensor {spec.name!r} has shape {spec.shape} where config.json asks for "
+                    f"{expected}; the two do not belong together"
+                )
+            transposed = isinstance(module, Conv1D)
+            rows, columns = spec.shape
+            found.append(
+                Projection(
+                    name=name,
+                    key=key,
+                    layer=index,
+                    in_features=rows if transposed else columns,
+                    out_features=columns if transposed else rows,
+                    transposed_in_source=transposed,
+                    bias=module.bias is not None,
+                    dtype=dtype or spec.dtype,
+                )
+            )
+    return found
+
+
+def lookup_bytes(model: PreTrainedModel, keys: dict[str, str], stored_bytes: dict[str, int]) -> int:
+    """Bytes of the embeddings that a token only looks up: not the tied input embedding, which is the head as well."""
+    head = model.get_output_embeddings()
+    own_head = any(keys.get(f"{name}.{WEIGHT}") for name, module in model.named_modules() if module is head)
+    looked_up = {
+        f"{name}.{WEIGHT}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and (own_head or module is not model.get_input_embeddings())
+    }
+    return sum(stored_bytes[keys[name]] for name in looked_up if name in keys)

@@ -1,0 +1,112 @@
+"""Token sequences from documents, for calibration and for evaluation."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError, OptionError, SourceError, one_line
+from ..format.folder import Folder
+from .source import Source
+
+HELD_OUT = 16  # sequences kept for verification, at most
+CHARACTERS_PER_TOKEN = 20  # read at most so many for a token that is needed: several times what text takes
+
+
+def load_tokenizer(folder: Folder) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        SourceError: it has none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        trusted = isinstance(folder, Source) and folder.trust_remote_code
+        return AutoTokenizer.from_pretrained(folder.path, trust_remote_code=trusted)
+    except Exception as error:  # transformers raises many kinds
+        raise SourceError(
+            f"{folder.name} has no usable tokenizer ({one_line(error)}); put its tokenizer files into {folder.path}"
+        ) from error
+
+
+def sequence_length(folder: Folder, asked: int | None) -> int:
+    """Tokens of a sequence: what was asked, or 512, or the model's context where that is shorter.
+
+    Raises:
+        OptionError: the asked length is under 8 or does not fit the context.
+    """
+    context = folder.config.get("max_position_embeddings") or folder.config.get("n_positions") or 512
+    length = min(512, context) if asked is None else asked
+    if not 8 <= length <= context:
+        raise OptionError(f"sequence length is {length}; give 8 to {context}, the context of {folder.name}")
+    return int(length)
+
+
+def sequences(documents: Iterable[str], tokenizer: Any, length: int, limit: int, where: str) -> Tensor:
+    """Pack documents into full sequences without padding: [N, length], int64.
+
+    A sequence starts with what the tokenizer puts before a text (BOS, for most), as at run time; that token counts like
+    any other. The documents are read until `limit` sequences are certain to be filled several times over.
+
+    Args:
+        documents: the texts.
+        tokenizer: a transformers tokenizer.
+        length: tokens of a sequence.
+        limit: how many sequences will be used.
+        where: what to name in an error.
+
+    Raises:
+        CalibrationError: fewer than two sequences came of it.
+    """
+    texts: list[str] = []
+    characters, enough = 0, limit * length * CHARACTERS_PER_TOKEN
+    for document in documents:
+        texts.append(document)
+        characters += len(document)
+        if characters >= enough:
+            break
+    # Everything in front of the text's own tokens; an empty text also gets what comes behind, so subtract that.
+    empty, with_text = tokenizer("").input_ids, tokenizer("a").input_ids
+    prefix = empty[: next((i for i, (a, b) in enumerate(zip(empty, with_text, strict=False)) if a != b), len(empty))]
+    ids = tokenizer("\n\n".join(texts)[:enough], add_special_tokens=False, verbose=False).input_ids
+    body = length - len(prefix)
+    rows = len(ids) // body
+    if rows < 2:
+        raise CalibrationError(
+            f"{where} has {len(ids)} tokens; at least {2 * body} are needed for two sequences of {length}: "
+            "give more text or a smaller --seq-len"
+        )
+    packed = torch.tensor(ids[: rows * body], dtype=torch.int64).view(rows, body)
+    return torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(rows, -1), packed], dim=1)
+
+
+def split(packed: Tensor, samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Choose calibration and held-out sequences at random, never the same one twice.
+
+    Args:
+        packed: [N, S].
+        samples: calibration sequences wanted.
+        seed: of the choice.
+
+    Returns:
+        calibration [at most samples, S] and held-out [an eighth of N, 1 to 16, S].
+    """
+    order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(seed))
+    held_out = min(HELD_OUT, max(1, len(packed) // 8))
+    return packed[order[held_out : held_out + samples]], packed[order[:held_out]]
+
+
+def check_vocabulary(tokens: Tensor, folder: Folder) -> None:
+    """Refuse token ids that the model's embedding does not have.
+
+    Raises:
+        CalibrationError: the tokenizer is another model's.
+    """
+    size = folder.config.get("vocab_size", math.inf)
+    if int(tokens.max()) >= size:
+        raise CalibrationError(
+            f"the tokenizer gives token {int(tokens.max())} and {folder.name} has {size}; put the model's own tokenizer beside it"
+        )

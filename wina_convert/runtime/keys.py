@@ -1,0 +1,62 @@
+"""Which stored tensor is which parameter of a model, and whether all of them are there.
+
+Imports transformers' loading machinery, so the loader imports this only when a model is loaded.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from ..errors import SourceError
+from ..format.shards import TensorSpec
+
+
+def checkpoint_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Which checkpoint key holds each parameter or buffer of the model, by transformers' own renaming rules."""
+    state = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    found = {rename_source_key(key, renamings, converters, model.base_model_prefix, state)[0]: key for key in keys}
+    return {name: found[name] for name in state if name in found}
+
+
+def tied(model: PreTrainedModel, keys: Mapping[str, str]) -> dict[str, str]:
+    """Tied parameters of which the checkpoint stores one: the stored name -> the other. Stored both, they stay apart."""
+    aliases = {}
+    for target, origin in model.all_tied_weights_keys.items():
+        if (target in keys) != (origin in keys):
+            stored, other = (target, origin) if target in keys else (origin, target)
+            aliases[stored] = other
+    return aliases
+
+
+def check_parameters(
+    model: PreTrainedModel, keys: Mapping[str, str], specs: Mapping[str, TensorSpec], new: Iterable[str] = ()
+) -> None:
+    """Hold a model on the meta device against the headers of its checkpoint, before any memory is taken.
+
+    Args:
+        model: the model.
+        keys: checkpoint key of each parameter.
+        specs: the stored tensors by key.
+        new: parameters that need not be stored.
+
+    Raises:
+        SourceError: a tensor is missing or has another shape.
+    """
+    known = {*keys, *tied(model, keys).values(), *new}
+    state = model.state_dict()
+    missing = [name for name in state if name not in known]
+    if missing:
+        raise SourceError(f"the checkpoint has no tensor {missing[0]} ({len(missing)} missing in all); get it again")
+    for name, key in keys.items():
+        if specs[key].shape != tuple(state[name].shape):
+            raise SourceError(
+                f"tensor {key!r} has shape {specs[key].shape} where config.json asks for {tuple(state[name].shape)}; "
+                "the two do not belong together"
+            )
+        if state[name].is_floating_point() and not specs[key].dtype.is_floating_point:
+            raise SourceError(f"tensor {key!r} is {specs[key].dtype}, where the model has floating-point numbers")

@@ -1,0 +1,173 @@
+"""`wina bench`: the gated model against the dense one with the same weights, on this machine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from ..errors import OptionError
+from ..format.checkpoint import open_checkpoint
+from ..format.dtypes import check_dtype
+from ..format.grid import check_sparsity
+from ..progress import Progress, silent
+from ..runtime.install import set_sparsity
+from ..runtime.linear import WinaLinear, gated_modules, observing
+from ..runtime.loader import load
+from ..runtime.rule import bytes_read, dropped
+from . import benchmark
+from .bench_models import RANDOM, fit, make_dense, random_model, sharing_copy
+from .benchmark import SPARSITIES, Benchmark, Speed, machine, read, seconds
+
+COUNTED = 8  # tokens, at most, over which the bytes that one reads are averaged
+
+
+@dataclass
+class _Clock:
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+
+
+def bench_model(
+    folder: str | None = None,
+    *,
+    random: str | None = None,
+    sparsities: Sequence[float] = SPARSITIES,
+    prompt_tokens: int = 512,
+    tokens: int = 32,
+    repeats: int = 3,
+    dtype: str = "auto",
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Benchmark:
+    """Time prompt and decoding at batch 1 of a gated model and of the dense model with the same weights.
+
+    Args:
+        folder: a WINA checkpoint.
+        random: instead of it, a Llama shape with random weights: "1b", "3b" or "8b".
+        sparsities: at which to run the gated model.
+        prompt_tokens: length of the prompt.
+        tokens: tokens decoded after it, of which the median time counts.
+        repeats: times the prompt is run, of which the median counts.
+        dtype: "auto" (as stored; bfloat16 if random), "float32", "bfloat16" or "float16".
+        seed: of prompt and random weights.
+        progress: shows how far it is.
+
+    Raises:
+        OptionError: an option cannot be used.
+        CheckpointError: the folder is not a WINA checkpoint.
+    """
+    if (folder is None) == (random is None):
+        raise OptionError(f"give either a checkpoint or a random model ({', '.join(RANDOM)})")
+    for value, name in ((prompt_tokens, "prompt tokens"), (tokens, "tokens"), (repeats, "repeats")):
+        if value < 1:
+            raise OptionError(f"{name} is {value}; give at least 1")
+    asked = [check_sparsity(sparsity) for sparsity in dict.fromkeys(sparsities)]
+    check_dtype(dtype)
+    torch.manual_seed(seed)
+    if folder is not None:
+        name = open_checkpoint(folder).folder.name  # before the load: it says more about what is wrong
+        gated = load(folder, dtype=dtype)
+    else:
+        gated, name = random_model(str(random), "bfloat16" if dtype == "auto" else dtype), f"random {random}"
+    longest = getattr(gated.config, "max_position_embeddings", prompt_tokens + tokens)
+    if prompt_tokens + tokens > longest:
+        raise OptionError(f"{prompt_tokens} prompt tokens and {tokens} more exceed the context of {longest}")
+    prompt = torch.randint(gated.config.vocab_size, (1, prompt_tokens))
+    if random:
+        fit(gated, prompt, asked)
+    loads = {sparsity: _load_per_token(gated, sparsity, prompt, min(tokens, COUNTED)) for sparsity in (None, *asked)}
+    weights = sum(module.weight_t.nbytes for module in gated_modules(gated).values())
+    interleaved = weights < 0.8 * psutil.virtual_memory().available
+    described = f"{name}, {str(gated.dtype).removeprefix('torch.')}, prompt of {prompt_tokens} tokens"
+    clocks: dict[float | None, _Clock] = {sparsity: _Clock() for sparsity in (None, *asked)}
+    reads: list[float] = []
+    with progress("Timing", len(clocks) * (repeats + tokens), "call") as advance:
+
+        def measure(models: dict[float | None, Any]) -> None:
+            memory = torch.ones(benchmark.WORKING_SET, dtype=torch.uint8)
+            caches = {}
+            for _ in range(repeats):
+                for sparsity, model in models.items():
+                    took, caches[sparsity] = _step(model, sparsity, prompt, None)
+                    clocks[sparsity].prefill.append(took)
+                    advance(1)
+            for k in range(tokens):
+                reads.append(seconds(read, memory))
+                for sparsity, model in models.items():
+                    token = prompt[:, k % prompt_tokens][None]
+                    took, caches[sparsity] = _step(model, sparsity, token, caches[sparsity])
+                    clocks[sparsity].decode.append(took)
+                    advance(1)
+
+        if interleaved:
+            measure({None: make_dense(sharing_copy(gated)), **dict.fromkeys(asked, gated)})
+        else:  # memory does not hold both
+            measure(dict.fromkeys(asked, gated))
+            measure({None: make_dense(gated)})
+    bandwidth = benchmark.WORKING_SET / median(reads)
+    dense = clocks[None]
+    rows = []
+    for sparsity, clock in clocks.items():
+        nbytes, achieved = loads[sparsity]
+        decode = median(clock.decode)
+        rows.append(
+            Speed(
+                sparsity=sparsity,
+                achieved=achieved,
+                prefill_seconds=median(clock.prefill),
+                prefill_ratio=median(dense.prefill) / median(clock.prefill),
+                decode_seconds=decode,
+                tokens_per_second=1 / decode,
+                ratio=median(dense.decode) / decode,
+                bytes_per_token=nbytes,
+                roofline=nbytes / bandwidth / decode,
+            )
+        )
+    return Benchmark(machine(), date.today().isoformat(), described, bandwidth, interleaved, models=tuple(rows))
+
+
+@torch.inference_mode()
+def _step(model: Any, sparsity: float | None, tokens: Tensor, cache: Any) -> tuple[float, Any]:
+    """Seconds of one call with the cache of the calls before, and the cache after it."""
+    if sparsity is not None:
+        set_sparsity(model, sparsity)
+    start = perf_counter()
+    out = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    out.logits[0, -1].argmax().item()
+    return perf_counter() - start, out.past_key_values
+
+
+@torch.inference_mode()
+def _load_per_token(model: Any, sparsity: float | None, prompt: Tensor, tokens: int) -> tuple[int, float | None]:
+    """Bytes of weights and cutoffs that a token after the prompt reads, and the fraction of inputs it skips, on average."""
+    gates = gated_modules(model)
+    own = {
+        id(tensor) for module in gates.values() for tensor in (module.weight_t, module.column_norms, module.thresholds)
+    }
+    # An embedding is looked up, a row a token, unless it is the head as well.
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head}
+    others = sum(p.nbytes for p in model.parameters() if id(p) not in own | tables)
+    weights = sum(module.weight_t.nbytes for module in gates.values())
+    if sparsity is None:
+        return others + weights, None
+    dropped_inputs = dict.fromkeys(gates, 0)
+
+    def count(name: str, module: WinaLinear, x: Tensor) -> None:
+        assert module.tau is not None
+        dropped_inputs[name] += int(dropped(x, module.tau).sum())
+
+    _, cache = _step(model, sparsity, prompt, None)
+    with observing(gates, count):
+        for k in range(tokens):
+            _, cache = _step(model, sparsity, prompt[:, k % prompt.shape[1]][None], cache)
+    skipped = {name: dropped_inputs[name] / (tokens * module.in_features) for name, module in gates.items()}
+    gated = sum(bytes_read(m.weight_t.nbytes, m.in_features, skipped[name]) for name, m in gates.items())
+    achieved = sum(skipped[name] * module.weight_t.nbytes for name, module in gates.items()) / weights
+    return others + gated, achieved

@@ -1,0 +1,103 @@
+"""The models that `wina bench` compares: a gated one of random weights, and the dense one with the same weights."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import OptionError
+from ..fitting.schemes import column_norms
+from ..format.config import WinaConfig
+from ..runtime import attention
+from ..runtime.install import install
+from ..runtime.linear import DenseLinear, WinaLinear, gated_modules, observing
+from ..runtime.rule import scores
+
+# hidden, layers, intermediate, heads, key-value heads, tied head: those of Llama 3.2 1B and 3B and of Llama 3 8B
+RANDOM = {
+    "1b": (2048, 16, 8192, 32, 8, True),
+    "3b": (3072, 28, 8192, 24, 8, True),
+    "8b": (4096, 32, 14336, 32, 8, False),
+}
+VOCABULARY = 128256
+
+
+def random_model(size: str, dtype: str) -> Any:
+    """A gated Llama with random weights and no thresholds yet."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.initialization import no_init_weights
+
+    if size not in RANDOM:
+        raise OptionError(f"the random model is {size!r}; give {', '.join(RANDOM)}")
+    hidden, layers, intermediate, heads, kv_heads, tied = RANDOM[size]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=tied,
+        max_position_embeddings=8192,
+        dtype=dtype,
+    )
+    with no_init_weights():
+        model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype)).eval()
+    model.tie_weights()
+    # Billions of random numbers would take minutes: the same ones over and over, with a period that fits no matrix.
+    numbers = 0.02 * torch.randn((1 << 20) + 7)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            flat = parameter.data.view(-1)
+            for part in flat.split(len(numbers)):
+                part.copy_(numbers[: len(part)])
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear and ".layers." in name]
+    plain = {name: model.get_submodule(name).weight.data for name in names}
+    install(model, WinaConfig(modules=names))
+    for name in names:
+        gate = model.get_submodule(name)
+        gate.weight_t.data = plain.pop(name).t().contiguous()
+        gate.column_norms.data = column_norms(gate.weight_t)
+        gate.thresholds.data.zero_()
+    attention.use(model)
+    return model
+
+
+@torch.inference_mode()
+def fit(model: Any, prompt: Tensor, sparsities: Sequence[float]) -> None:
+    """Thresholds from the quantiles of the scores at the end of the prompt, each layer behind the gated ones before it."""
+    for sparsity in sorted(sparsities):
+
+        def see(name: str, module: WinaLinear, x: Tensor, sparsity: float = sparsity) -> None:
+            grid = torch.tensor(module.grid)
+            below = grid < max(point for point in module.grid if point <= sparsity)
+            sample = scores(x[:, -32:], module.column_norms).flatten()
+            module.thresholds.data = torch.where(below, module.thresholds, sample.quantile(grid))
+            module.thresholds.data[0] = 0
+            module.set_sparsity(sparsity)
+
+        with observing(gated_modules(model), see):
+            model(input_ids=prompt, use_cache=False, logits_to_keep=1)
+
+
+def sharing_copy(model: Any) -> Any:
+    """A copy of the modules with the same tensors."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def make_dense(model: Any) -> Any:
+    """The model in place with plain linear modules, as transformers builds them."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, WinaLinear):
+            plain = nn.Linear(1, 1, bias=False, device="meta")
+            plain.in_features, plain.out_features = module.in_features, module.out_features
+            plain.weight = nn.Parameter(module.weight_t.t().contiguous(), requires_grad=False)
+            plain.register_parameter("bias", module.bias)
+            model.set_submodule(name, plain)
+        elif isinstance(module, DenseLinear):
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+    if model.config._attn_implementation == attention.SDPA:
+        model.set_attn_implementation("sdpa")
+    return model

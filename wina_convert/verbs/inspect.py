@@ -1,0 +1,112 @@
+"""`wina inspect`: what a checkpoint holds, from its headers, thresholds and report."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..format.checkpoint import open_checkpoint
+from ..format.curve import threshold_at
+from ..format.names import REPORT, WEIGHT_T, split_layer
+from ..models.measure import overall
+from ..runtime.rule import bytes_read
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One decoder layer of a WINA checkpoint.
+
+    Attributes:
+        layer: its index.
+        nbytes: bytes of its gated weights.
+        thresholds: at the default sparsity, by projection.
+        achieved: fraction skipped on held-out text at conversion; None where there is no report for it.
+        bytes_per_token: bytes of gated weights and cutoffs that a token reads at the default sparsity.
+    """
+
+    layer: int
+    nbytes: int
+    thresholds: dict[str, float]
+    achieved: float | None
+    bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A WINA checkpoint.
+
+    Attributes:
+        name: its folder.
+        sparsity: its default.
+        source: name of what was converted.
+        scheme: how the scores were weighted.
+        layers: its layers with gated projections.
+        measured_at: the sparsity at which `achieved` was measured; None without a report.
+        other_bytes: bytes of everything that is not gated.
+    """
+
+    name: str
+    sparsity: float
+    source: str
+    scheme: str
+    layers: tuple[LayerSummary, ...]
+    measured_at: float | None
+    other_bytes: int
+
+
+def inspect_checkpoint(folder: str | Path) -> Inspection:
+    """Summarise a checkpoint; reads the thresholds and no weight.
+
+    Raises:
+        CheckpointError: it is not a WINA checkpoint.
+    """
+    checkpoint = open_checkpoint(folder)
+    config, specs = checkpoint.config, checkpoint.folder.tensors
+    sparsity = config.sparsity or 0.0
+    keys = checkpoint.gated_keys()
+    held_out = _held_out(Path(folder), keys)
+    curves = checkpoint.curves()
+    by_layer: dict[int, dict[str, str]] = {}  # names by kind
+    for name in keys:
+        place = split_layer(name)
+        assert place is not None  # an opened checkpoint gates projections of layers only
+        by_layer.setdefault(place[1], {})[place[2]] = name
+    layers = []
+    for layer, kinds in sorted(by_layer.items()):
+        names = list(kinds.values())
+        weights = {name: specs[f"{keys[name]}.{WEIGHT_T}"] for name in names}
+        achieved = None
+        if held_out:
+            achieved = overall(
+                {name: held_out[1][name] for name in names}, {n: spec.numel for n, spec in weights.items()}
+            )
+        layers.append(
+            LayerSummary(
+                layer=layer,
+                nbytes=sum(spec.nbytes for spec in weights.values()),
+                thresholds={
+                    kind: float(threshold_at(curves[name], config.grid, sparsity)) for kind, name in kinds.items()
+                },
+                achieved=achieved,
+                bytes_per_token=sum(bytes_read(s.nbytes, s.shape[0], sparsity) for s in weights.values()),
+            )
+        )
+    gated = sum(summary.nbytes for summary in layers)
+    return Inspection(
+        name=str(folder),
+        sparsity=sparsity,
+        source=str(config.source.get("name", "unknown")),
+        scheme=config.scheme,
+        layers=tuple(layers),
+        measured_at=held_out[0] if held_out else None,
+        other_bytes=sum(spec.nbytes for spec in specs.values()) - gated,
+    )
+
+
+def _held_out(folder: Path, names: Iterable[str]) -> tuple[float, Mapping[str, float]] | None:
+    """Sparsity and achieved fractions of the report, where the folder has one that can be read."""
+    try:
+        held_out = json.loads((folder / REPORT).read_text("utf-8"))["verification"]["held_out"]
+        return float(held_out["sparsity"]), {name: float(held_out["projections"][name]) for name in names}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None

@@ -1,0 +1,82 @@
+"""`wina verify`: whether a folder is what a conversion wrote, by its manifest, and whether its parts fit together."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from ..errors import VerificationError, as_checkpoint_error
+from ..fitting.schemes import Scheme, scheme_of
+from ..format.checkpoint import Checkpoint, open_checkpoint
+from ..format.manifest import entry, files_of, read_manifest
+from ..format.names import COLUMN_NORMS, REPORT, WEIGHT_T
+from ..format.trust import check_folder
+from ..models.stream import checkpoint_stream
+from ..progress import Progress, silent
+
+ROUNDING = 1e-4  # of norms and thresholds, computed again on another machine
+
+
+def verify_folder(folder: str | Path, progress: Progress = silent) -> int:
+    """Check every file of a checkpoint against the manifest, and its tensors and config against each other.
+
+    Args:
+        folder: a WINA checkpoint.
+        progress: how to report it.
+
+    Returns:
+        number of files.
+
+    Raises:
+        CheckpointError: it is not a WINA checkpoint, or has no manifest that can be read.
+        VerificationError: a file is missing, extra or changed; norms are not those of the weights; thresholds are not finite
+            and ascending; config and tensors do not fit together.
+    """
+    folder = Path(folder)
+    with as_checkpoint_error():
+        check_folder(folder, hidden=True)
+    files = read_manifest(folder)
+    present = set(files_of(folder))
+    for problem, names in (("missing", set(files) - present), ("not in the manifest", present - set(files))):
+        if names:
+            raise VerificationError(f"{folder}: {min(names)!r} is {problem} ({len(names)} such files); get it again")
+    with progress("Verifying files", sum(int(one["size"]) for one in files.values()), "B") as advance:
+        for name, recorded in files.items():
+            if entry(folder / name) != recorded:
+                raise VerificationError(f"{folder / name} was changed since the conversion; get it again")
+            advance(int(recorded["size"]))
+    checkpoint = open_checkpoint(folder)
+    with as_checkpoint_error(folder):
+        checkpoint_stream(checkpoint, torch.device("cpu"))  # every parameter of the model has a tensor of its shape
+    scheme = scheme_of(checkpoint.config.scheme)
+    keys = checkpoint.gated_keys()
+    with progress("Verifying tensors", len(keys), "projection") as advance:
+        for key in keys.values():
+            _check_norms(checkpoint, key, scheme)
+            advance(1)
+    found = checkpoint.thresholds()
+    reported = _recorded(folder, checkpoint) or found
+    for name, threshold in found.items():
+        if math.isclose(reported.get(name, math.nan), threshold, rel_tol=ROUNDING):
+            continue
+        raise VerificationError(f"{name}: the threshold at the default sparsity is not that of {REPORT}; convert again")
+    return len(files)
+
+
+def _check_norms(checkpoint: Checkpoint, key: str, scheme: Scheme) -> None:
+    stored = dict(checkpoint.read([f"{key}.{WEIGHT_T}", f"{key}.{COLUMN_NORMS}"]))
+    norms = stored[f"{key}.{COLUMN_NORMS}"]
+    expected = scheme.column_weights(stored[f"{key}.{WEIGHT_T}"]) if scheme.recomputed else norms
+    if not (norms.isfinite().all() and torch.allclose(norms, expected, ROUNDING, atol=0)):
+        raise VerificationError(f"{key}.{COLUMN_NORMS} are not those of its weights; convert again")
+
+
+def _recorded(folder: Path, checkpoint: Checkpoint) -> dict[str, float] | None:
+    """The thresholds of the report, unless it is of another default sparsity."""
+    try:
+        report = json.loads((folder / REPORT).read_bytes())["verification"]
+        same = report["held_out"]["sparsity"] == checkpoint.config.sparsity
+        return {name: float(value) for name, value in report["thresholds"].items()} if same else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise VerificationError(f"{folder / REPORT} is not the report of a conversion; get it again") from error
