@@ -184,6 +184,16 @@ def gated_linear(x: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) 
     return reference.gated_linear(x, weight_t, tau, bias) if ys is None else ys[0]
 
 
+def gated_linears(
+    x: Tensor, weights_t: Sequence[Tensor], taus: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Products of one x with several matrices; shapes as in `kernels.op.gated_linears`."""
+    ys = products(x, weights_t, taus, biases) if len(weights_t) <= MATRICES else None
+    if ys is None:
+        return [gated_linear(x, *others) for others in zip(weights_t, taus, biases, strict=True)]
+    return ys
+
+
 def products(
     x: Tensor, weights_t: Sequence[Tensor], taus: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> list[Tensor] | None:
