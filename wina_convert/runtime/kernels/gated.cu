@@ -222,12 +222,11 @@ __device__ __forceinline__ void multiply(const T* column, int n_out, int valid, 
 #else
       const int keep = e < listed ? entries[e] : 0;
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r)
-        if (keep >> r & 1) {
-          const float x = values[e * ROWS + r];
+      for (int r = 0; r < ROWS; ++r) {
+        const float x = e < listed ? values[e * ROWS + r] : 0.f;
 #pragma unroll
-          for (int c = 0; c < WIDTH; ++c) sum[r][c] = fmaf(x, weight[c], sum[r][c]);
-        }
+        for (int c = 0; c < WIDTH; ++c) sum[r][c] = keep >> r & 1 ? fmaf(x, weight[c], sum[r][c]) : sum[r][c];
+      }
 #endif
     }
   }
