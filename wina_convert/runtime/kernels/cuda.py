@@ -256,9 +256,13 @@ def _run(
     """`products` on the current device; None if the kernel turns out not to do."""
     if not x.is_contiguous():
         x = x.contiguous()
-    n_in, itemsize, outs = x.shape[-1], x.element_size(), [weight_t.shape[1] for weight_t in weights_t]
-    reads = [x.data_ptr(), *[weight_t.data_ptr() for weight_t in weights_t], *[tau.data_ptr() for tau in taus]]
-    aligned = n_in % CHUNK == 0 and all(out * itemsize % 16 == 0 for out in outs) and all(at % 16 == 0 for at in reads)
+    n_in, outs = x.shape[-1], [weight_t.shape[1] for weight_t in weights_t]
+    x_at = x.data_ptr()
+    weights_at, taus_at = [weight_t.data_ptr() for weight_t in weights_t], [tau.data_ptr() for tau in taus]
+    bits = x_at
+    for weight_at, tau_at, out in zip(weights_at, taus_at, outs, strict=True):
+        bits |= weight_at | tau_at | out * x.element_size()
+    aligned = n_in % CHUNK == 0 and bits % 16 == 0
     stream = torch._C._cuda_getCurrentRawStream(card.index)
     driver.bind(card.index)
     try:
@@ -271,11 +275,12 @@ def _run(
     partial = x.new_empty(division.partial, dtype=torch.float32) if division.partial else None
     ys = [x.new_empty((*x.shape[:-1], out)) for out in outs]
     fields: list[int] = []
-    for weight_t, tau, bias, y, out, first in zip(weights_t, taus, biases, ys, outs, division.first, strict=True):
-        addresses = weight_t.data_ptr(), tau.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
-        fields += (*addresses, out, first)
+    for weight_at, tau_at, bias, y, out, first in zip(
+        weights_at, taus_at, biases, ys, outs, division.first, strict=True
+    ):
+        fields += (weight_at, tau_at, 0 if bias is None else bias.data_ptr(), y.data_ptr(), out, first)
     fields += _NO_MATRIX * (MATRICES - len(ys))
-    memory = reads[0], 0 if partial is None else partial.data_ptr(), counters
+    memory = x_at, 0 if partial is None else partial.data_ptr(), counters
     arguments = _pack(*fields, *memory, len(ys), n_in, division.splits, division.tiles)
     driver.launch(kernel, (division.tiles, division.splits), 32 * WARPS, division.shared, stream, arguments)
     return ys
