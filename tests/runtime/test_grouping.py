@@ -60,7 +60,7 @@ def calls(model, tokens=PROMPT):
 
 
 def left_behind(model):
-    return [name for name, module in gated_modules(model).items() if module.ready is not None]
+    return [name for name, module in gated_modules(model).items() if module.handover and module.handover.left]
 
 
 def first_attention(model):

@@ -17,6 +17,19 @@ EXACT = (COLUMN_NORMS, THRESHOLDS, "tau")  # stay float32 when the model is cast
 TOGETHER = ("cuda",)  # devices on which several products of the same x cost less in one launch
 
 
+class Handover:
+    """What the first of a group of siblings leaves for the others; one for a whole model, whose groups take turns.
+
+    One for each group would be plainer, but a compiled model checks and writes each of them again for every token.
+
+    Attributes:
+        left: the x that the results are of, and for each sibling that has not been called yet itself, its tau and its y.
+    """
+
+    def __init__(self) -> None:
+        self.left: tuple[Tensor, tuple[tuple[WinaLinear, Tensor | None, Tensor], ...]] | None = None
+
+
 class WinaLinear(nn.Module):
     """Replaces `nn.Linear` (or GPT-2's `Conv1D`) and computes y = W (x * keep) + b.
 
@@ -30,7 +43,7 @@ class WinaLinear(nn.Module):
         dense_prefill: compute calls with several tokens a sequence without skipping.
         siblings: projections that are called after this one with the same x; this one computes their products too, where
             that is faster. `grouping.group` sets them.
-        ready: what the first sibling left for this one: the x and the tau it is of, and y.
+        handover: where it leaves their results, and where they look.
     """
 
     # Tensor parallelism of transformers hands a module local shards only where it asks for them.
@@ -51,7 +64,7 @@ class WinaLinear(nn.Module):
         self.sparsity = 0.0
         self.dense_prefill = False
         self.siblings: tuple[WinaLinear, ...] = ()
-        self.ready: tuple[Tensor, Tensor | None, Tensor] | None = None
+        self.handover: Handover | None = None
 
         def frozen(*shape: int, dtype: torch.dtype | None) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
@@ -101,23 +114,22 @@ class WinaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the model's dtype."""
-        ready = self.ready
-        if ready is not None:
-            # Not nn.Module's way, which would look for a parameter of that name at every call.
-            object.__setattr__(self, "ready", None)
-            of, tau, y = ready
+        handover = self.handover
+        if handover is not None and handover.left is not None:
+            of, ((module, tau, y), *others) = handover.left
             # Another thread may have left it, or the threshold may have changed: then it is another product.
-            if of is x and tau is self.tau:
+            mine = module is self and of is x and tau is self.tau
+            handover.left = (of, tuple(others)) if mine and others else None
+            if mine:
                 return y
         weight_t = self.weight_t
         operand = x if x.dtype == weight_t.dtype else x.to(weight_t.dtype)  # under autocast
-        if not (self.siblings and self._together(x)):
+        if handover is None or not (self.siblings and self._together(x)):
             return gated_linear(operand, weight_t, self._tau(x), self.bias)
         group = (self, *self.siblings)
         weights_t, biases = [module.weight_t for module in group], [module.bias for module in group]
-        own, *others = gated_linears(operand, weights_t, [module._tau(x) for module in group], biases)
-        for module, y in zip(self.siblings, others, strict=True):
-            object.__setattr__(module, "ready", (x, module.tau, y))
+        own, *ys = gated_linears(operand, weights_t, [module._tau(x) for module in group], biases)
+        handover.left = (x, tuple([(module, module.tau, y) for module, y in zip(self.siblings, ys, strict=True)]))
         return own
 
     def _tau(self, x: Tensor) -> Tensor:
