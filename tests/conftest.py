@@ -1,28 +1,38 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share.
+
+What takes seconds to import is imported where it is used: the process that hands the tests to the workers reads this file as
+well, and needs nothing of it.
+"""
 
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: tests use no network
 # before torch is: a process a core, and tiny models gain nothing from threads
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
+
 from support import TINY
-from support.shared import Once
-from transformers.utils import logging
 
-from wina_convert import convert
-
-logging.disable_progress_bar()
+if TYPE_CHECKING:
+    from support.shared import Once
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=40, help="how often tests/promises/test_kill.py kills a conversion")
     parser.addoption("--kill-seed", type=int, default=0, help="seed of the moments")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_progress_bars() -> None:
+    """Transformers shows none while it loads weights."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="session")
@@ -32,25 +42,29 @@ def tiny() -> Path:
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+def once(tmp_path_factory: pytest.TempPathFactory) -> "Once":
     """Makes folders that all workers share."""
+    from support.shared import Once
+
     return Once(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def wina_tiny(tiny: Path, once: Once) -> Path:
+def wina_tiny(tiny: Path, once: "Once") -> Path:
     """`tiny`, converted at 50%. Shared: do not change it, copy it."""
+    from wina_convert import convert
+
     return once("wina-lab-tiny-wina", lambda folder: convert(str(tiny), folder, samples=8, seq_len=64))
 
 
 @pytest.fixture(scope="module")
-def source(request: pytest.FixtureRequest, once: Once) -> Path:
+def source(request: pytest.FixtureRequest, once: "Once") -> Path:
     """The model that a test file names in `MODEL`, with random weights. Shared: copy it to change it."""
     return once.source(request.module.MODEL)
 
 
 @pytest.fixture(scope="module")
-def converted(request: pytest.FixtureRequest, once: Once) -> Path:
+def converted(request: pytest.FixtureRequest, once: "Once") -> Path:
     """That, converted. Shared: copy it to change it."""
     return once.converted(request.module.MODEL)
 
@@ -64,6 +78,8 @@ def copied(converted: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def threads_as_before() -> Iterator[None]:
     """Torch has as many threads after a test as before it."""
+    import torch
+
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

@@ -3,7 +3,6 @@
 import hashlib
 
 from support import ROOT
-
 from wina_convert.models.documents import bundled_files, read_documents
 
 FOLDER = ROOT / "calibration"

@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 import pytest
 from hatchling.builders.wheel import WheelBuilder
-from support import ROOT
 
 import wina_convert as package
+from support import ROOT
 from wina_convert import cli
 from wina_convert.architectures import ARCHITECTURES
 

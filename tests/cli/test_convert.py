@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from support.commands import SMALL, Terminal, contents, refused, run, run_wina, succeeded
 
 import wina_convert as package
+from support.commands import SMALL, Terminal, contents, refused, run, run_wina, succeeded
 from wina_convert.cli import wina
 from wina_convert.progress import lines
 
@@ -141,6 +141,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(tiny: Path, tmp_path: Pat
     assert contents(tmp_path) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.0, 0.65])
 def test_a_dry_run_counts_what_the_conversion_writes(sparsity: float, tiny: Path, tmp_path: Path):
     out = tmp_path / "out"
@@ -165,6 +166,7 @@ def test_a_dry_run_counts_what_the_conversion_writes(sparsity: float, tiny: Path
 # --- pictures ---
 
 
+@pytest.mark.slow
 def test_plot_adds_two_pictures(source: Path, tmp_path: Path):
     succeeded(run(source, "--out", tmp_path / "out", "--plot", *SMALL))
     pictures = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.png")}

@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 import pytest
-from support.commands import run, run_wina, succeeded
 
 import wina_convert as package
+from support.commands import run, run_wina, succeeded
 from wina_convert.cli import wina, wina_convert
 
 COMMANDS = {

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from support.commands import contents, refused, run, run_wina
 
 MODEL = "one layer"  # see support/shared.py

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+
 from support.interrupting import CLOCK
 
 

@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save
-from support.families import make_model
-from support.folders import config_of, tensors_of, threshold_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import wina_convert
+from support.families import make_model
+from support.folders import config_of, tensors_of, threshold_of
 from wina_convert.errors import CalibrationError
-from wina_convert.models import text
+from wina_convert.models import documents, text
 from wina_convert.models.source import open_source
+
+pytestmark = pytest.mark.slow
 
 FAST: dict[str, Any] = {"samples": 4, "seq_len": 32, "batch_size": 8}
 MORE: dict[str, Any] = {"samples": 16, "seq_len": 64, "batch_size": 8}
@@ -69,7 +71,7 @@ def recorded(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     folder = tmp_path_factory.mktemp("conversion") / "wina"
     report = wina_convert.convert(str(tiny), folder, samples=32, seq_len=128)
     tokenizer = text.load_tokenizer(open_source(str(tiny)))
-    packed = text.sequences(text.read_documents(), tokenizer, 128, 32 + text.HELD_OUT, text.BUNDLED)
+    packed = text.sequences(documents.read_documents(), tokenizer, 128, 32 + text.HELD_OUT, documents.BUNDLED)
     tokens, held_out = text.split(packed, 32, 0)
     assert hashlib.sha256(tokens.numpy().tobytes()).hexdigest() == report["calibration"]["tokens_sha256"]
     return Recorded(folder, report, tokens, held_out)

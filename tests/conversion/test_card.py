@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+
 from support.commands import SMALL, contents, run, succeeded
 
 MODEL = "one layer"  # see support/shared.py
@@ -58,6 +59,7 @@ def test_a_single_value_or_a_word_that_yaml_misreads_is_carried(
     assert set([found] if isinstance(found, str) else found) == value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "card", ["", "no metadata", "---\n: broken: [yaml\n---\n", "---\ntags: 7\n---\n", b"---\nlicense: \xff\n---\n"]
 )

@@ -13,10 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.folders import files_of
 from torch import Tensor
 
 import wina_convert
+from support.folders import files_of
 from wina_convert.fitting.calibrate import calibrate_layer
 from wina_convert.fitting.histogram import ScoreHistogram
 from wina_convert.fitting.schemes import column_norms
@@ -24,7 +24,7 @@ from wina_convert.fitting.thresholds import threshold_curve
 from wina_convert.format.grid import GRID
 from wina_convert.runtime.linear import WinaLinear
 
-pytestmark = pytest.mark.usefixtures("threads_as_before")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("threads_as_before")]
 
 
 CONVERSIONS = {"float32": (2, 100), "bfloat16": (4, 24)}  # dtype -> samples, tokens of a sequence

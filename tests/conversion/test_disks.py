@@ -11,11 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
 from support.breaking import failing, fill, mounted, patch_call, remount
 from support.commands import SMALL, contents, refused, run, succeeded
 from support.folders import files_of
 from support.interrupting import CALIBRATE, HIDDEN, STEPS, count_layers
-
 from wina_convert.errors import CheckpointError
 
 MODEL = "three layers"  # see support/shared.py
@@ -35,6 +35,7 @@ FULL_STEPS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "call", "finished", "keep"), FULL_STEPS)
 @pytest.mark.usefixtures("snapshots")
 def test_a_disk_that_fills_up_is_one_line_and_resume_completes_on_a_larger_one(
@@ -80,6 +81,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(
         assert [path.name for path in disk.iterdir()] == ["ballast"]
 
 
+@pytest.mark.slow
 def test_a_disk_that_was_large_enough_at_the_start_does_not_fill_up(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +121,7 @@ CODES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "call", "finished", "code"), CODES)
 @pytest.mark.usefixtures("snapshots")
 def test_what_the_system_refuses_is_one_line_and_can_be_resumed(

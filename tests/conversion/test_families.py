@@ -14,6 +14,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import wina_convert
 from support.families import FAMILIES, make_model
 from support.folders import tensors_of
 from support.reference import (
@@ -32,13 +37,8 @@ from support.reference import (
     random_prompt,
     reference,
 )
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
-
-import wina_convert
 from wina_convert import architectures
-from wina_convert.models import text
+from wina_convert.models import documents, text
 from wina_convert.models.source import open_source
 from wina_convert.runtime import attention
 from wina_convert.runtime.linear import WinaLinear
@@ -56,7 +56,12 @@ class Converted:
     model: Any
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+QUICK = ("llama", "phi3", "gpt2")  # what .ci/quick runs: separate matrices, fused ones, and Conv1D
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Converted:
     folder = tmp_path_factory.mktemp(request.param)
     dense, gated = make_model(request.param, folder / "dense"), folder / "gated"
@@ -107,7 +112,7 @@ def test_padding_and_a_neighbour_in_the_batch_change_nothing(made: Converted) ->
 def test_the_report_tells_the_sparsity_that_the_reference_counts(made: Converted) -> None:
     source = open_source(str(made.dense))
     packed = text.sequences(
-        text.read_documents(), text.load_tokenizer(source), LENGTH, SAMPLES + text.HELD_OUT, text.BUNDLED
+        documents.read_documents(), text.load_tokenizer(source), LENGTH, SAMPLES + text.HELD_OUT, documents.BUNDLED
     )
     tokens, held_out = text.split(packed, SAMPLES, 0)
     assert hashlib.sha256(tokens.numpy().tobytes()).hexdigest() == made.report["calibration"]["tokens_sha256"]
@@ -128,6 +133,7 @@ def test_between_the_points_of_the_grid_it_is_the_reference_too(tmp_path: Path) 
         assert_equals_reference(dense, tmp_path / "gated", sparsity)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "exact", "loose"), [(torch.bfloat16, 0.03, 0.2), (torch.float16, 0.004, 0.1)])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "gpt2"])
 def test_half_precision(family: str, dtype: torch.dtype, exact: float, loose: float, tmp_path: Path) -> None:
@@ -195,6 +201,7 @@ def test_a_tied_model_that_stores_its_head_all_the_same(change: float, tmp_path:
     assert torch.equal(written["model.embed_tokens.weight"], embedding)
 
 
+@pytest.mark.slow
 def test_shards_in_and_shards_out_change_nothing(tmp_path: Path) -> None:
     one = make_model("llama", tmp_path / "one")
     many = make_model("llama", tmp_path / "many", max_shard_size="50KB")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.breaking import failing
-from support.commands import SMALL, contents, run, run_wina, succeeded
 from transformers import AutoModelForCausalLM
 
+from support.breaking import failing
+from support.commands import SMALL, contents, run, run_wina, succeeded
 from wina_convert.format.names import MANIFEST
 from wina_convert.runtime.linear import gated_modules
 
@@ -133,8 +133,8 @@ def test_retarget_changes_the_one_number(
     reformatted: tuple[bytes, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     out = shutil.copytree(reformatted[1], tmp_path / "out")
-    for step in ("StreamedModel", "build_skeleton", "read_tensors"):  # no model is run, no weight is read
-        monkeypatch.setattr(f"wina_convert.format.checkpoint.{step}", failing(AssertionError(step)))
+    for step in ("models.stream.StreamedModel", "models.stream.build_skeleton", "format.folder.read_tensors"):
+        monkeypatch.setattr(f"wina_convert.{step}", failing(AssertionError(step)))  # no model is run, no weight is read
     before = contents(out)
     result = run_wina("retarget", out, "--sparsity", "0.3125")
     succeeded(result)
@@ -150,6 +150,7 @@ def test_retarget_changes_the_one_number(
     assert json.loads(new)["quantization_config"]["sparsity"] == 0.3125
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["as saved", "compact", "blanks around"])
 @pytest.mark.parametrize("field", ["dtype", "torch_dtype", None])
 def test_a_chosen_dtype_changes_the_dtype_alone(name: str, field: str | None, source: Path, tmp_path: Path):

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
-from support.families import make_model
-from support.folders import config_of, files_of, tensors_of
 from transformers import AutoModelForCausalLM
 
 import wina_convert
+from support.families import make_model
+from support.folders import config_of, files_of, tensors_of
 from wina_convert.errors import OptionError
 from wina_convert.format.names import MANIFEST
 from wina_convert.progress import lines
@@ -23,6 +23,7 @@ from wina_convert.progress import lines
 FAST: dict[str, Any] = {"samples": 4, "seq_len": 32, "batch_size": 8}
 
 
+@pytest.mark.slow
 def test_same_input_same_bytes(tiny: Path, tmp_path: Path) -> None:
     said: list[str] = []
     wina_convert.convert(str(tiny), tmp_path / "one", plot=True, **FAST)
@@ -157,6 +158,7 @@ def test_the_files_are_as_the_safetensors_library_writes_them(wina_tiny: Path) -
     assert save(load_file(file), metadata={"format": "pt"}) == file.read_bytes()
 
 
+@pytest.mark.slow
 def test_plot_writes_two_pictures(tiny: Path, tmp_path: Path) -> None:
     plain = wina_convert.convert(str(tiny), tmp_path / "plain", **FAST)
     plotted = wina_convert.convert(str(tiny), tmp_path / "plotted", plot=True, **FAST)
@@ -175,6 +177,7 @@ def test_plot_writes_two_pictures(tiny: Path, tmp_path: Path) -> None:
     assert all(more[name] == fewer[name] for name in fewer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

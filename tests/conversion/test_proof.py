@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.commands import SMALL, contents, refused, run
 
+from support.commands import SMALL, contents, refused, run
 from wina_convert.conversion.plan import make_plan
 from wina_convert.conversion.proof import Proof, prove
 from wina_convert.errors import CheckpointError, VerificationError, WinaError

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from support.commands import SMALL, contents, refused, run, succeeded
 from support.families import make_model
 from support.folders import files_of
@@ -27,7 +28,6 @@ from support.interrupting import (
     leave_unfinished,
     stage,
 )
-
 from wina_convert import convert
 from wina_convert.conversion.staging import Staging
 from wina_convert.errors import CheckpointError, WinaError
@@ -153,6 +153,7 @@ def test_a_damaged_snapshot_is_refused_and_can_be_overwritten(damage: Callable[[
         assert staging.snapshot is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "options"),
     [
@@ -178,6 +179,7 @@ def test_a_resumed_conversion_gives_the_same_bytes(
     verify_folder(tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("snapshots")
 def test_resume_after_resume_over_an_old_checkpoint(
     source: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

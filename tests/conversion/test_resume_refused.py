@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support.commands import SMALL, contents, refused, run, succeeded
 from support.interrupting import interrupt_in_layer
-
 from wina_convert.verbs.verify import verify_folder
 
 MODEL = "three layers"  # see support/shared.py

@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.commands import SMALL, contents, refused, run, succeeded
 
+from support.commands import SMALL, contents, refused, run, succeeded
 from wina_convert.format.checkpoint import open_checkpoint
 
 MODEL = "one layer"  # see support/shared.py

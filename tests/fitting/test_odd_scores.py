@@ -5,14 +5,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.families import make_model
-from support.folders import tensors_of
-from support.products import DTYPES, check, randn
-from support.reference import logits
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import wina_convert
+from support.families import make_model
+from support.folders import tensors_of
+from support.products import DTYPES, check, randn
+from support.reference import logits
 from wina_convert.fitting.calibrate import calibrate_layer
 from wina_convert.fitting.schemes import column_norms
 from wina_convert.fitting.thresholds import threshold_curve
@@ -108,6 +108,7 @@ def zero(name: str, rows: slice = slice(None)) -> Callable[[dict[str, Tensor]], 
     return change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from support.commands import contents, refused, run_wina
 
+from support.commands import contents, refused, run_wina
 from wina_convert.errors import CheckpointError, OptionError
 from wina_convert.format.checkpoint import open_checkpoint
 

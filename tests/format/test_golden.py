@@ -10,11 +10,11 @@ import torch
 from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
 from safetensors.torch import load_file
-from support import ROOT, TESTS
-from support.folders import config_of, tensors_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from support import ROOT, TESTS
+from support.folders import config_of, tensors_of
 from wina_convert import WinaConfig, load, set_sparsity
 from wina_convert.errors import CheckpointError
 from wina_convert.runtime.linear import gated_modules

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from support.commands import SMALLEST, contents, refused, run, run_wina
 from support.folders import entries, files_of
-
 from wina_convert.errors import CheckpointError, VerificationError, WinaError
 from wina_convert.format.manifest import renewed_manifest, write_manifest
 from wina_convert.format.names import MANIFEST

@@ -10,9 +10,9 @@ from huggingface_hub import save_torch_state_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.commands import SMALL, refused, run
 from torch import Tensor
 
+from support.commands import SMALL, refused, run
 from wina_convert.errors import OptionError, SourceError
 from wina_convert.format.names import INDEX, SINGLE
 from wina_convert.format.shard_writer import ShardWriter

@@ -1,6 +1,6 @@
 """The specification of the checkpoint, wina_convert/format/README.md, says what the package does.
 
-`tests/support/reader.py` is written from its text with json, struct and numpy only; it is held against the package and against float64.
+`tests/support/reader.py` is written from its text with json, struct and numpy only; the package and float64 are its measure.
 """
 
 import ast
@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.families import make_model
-from support.folders import config_of, tensors_of, threshold_of
-from support.reader import Reader
 from torch import Tensor
 
 import wina_convert
+from support.families import make_model
+from support.folders import config_of, tensors_of, threshold_of
+from support.reader import Reader
 from wina_convert import WinaConfig, convert
 from wina_convert.errors import CheckpointError, OptionError
 from wina_convert.runtime.linear import WinaLinear, gated_modules

@@ -21,7 +21,6 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokeniz
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from support.families import random_weights
-
 from wina_convert import convert, load
 from wina_convert.format.config import FORMAT_VERSION
 

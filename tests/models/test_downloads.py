@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from huggingface_hub import constants
+
 from support.commands import SMALLEST, refused, run, succeeded
 from support.hub import Hub, use_endpoint
-
 from wina_convert.errors import SourceError
 from wina_convert.models.source import open_source
 from wina_convert.verbs.verify import verify_folder
@@ -75,7 +75,7 @@ def test_a_download_that_was_altered_in_the_cache_is_refused(name: str, hub: Hub
 @pytest.mark.usefixtures("kept")
 def test_a_download_that_is_the_hubs_converts(hub: Hub, source: Path, tmp_path: Path):
     for _ in range(2):  # from the Hub, and from the cache
-        assert open_source(NAME).folder.parent.name == "snapshots"
+        assert open_source(NAME).path.parent.name == "snapshots"
     succeeded(run(NAME, "--out", tmp_path / "out", *SMALLEST))
     verify_folder(tmp_path / "out")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import enable_progress_bars
+
 from support.commands import SMALL, Terminal, contents, refused, run, run_wina, succeeded
 from support.families import make_model
 from support.hub import Hub, use_endpoint
@@ -209,6 +210,7 @@ def test_in_offline_mode_the_line_says_so(
     assert not hub.requests
 
 
+@pytest.mark.slow
 def test_what_was_downloaded_once_converts_without_a_network(
     hub: Hub, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+
 from support.commands import SMALL, contents, refused, run, succeeded
 from support.families import make_model
-
 from wina_convert.architectures import ARCHITECTURES
 from wina_convert.conversion.plan import make_plan
 from wina_convert.errors import WinaError

@@ -14,11 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import ROOT
-from support.commands import SMALL, contents, refused, run, run_wina, succeeded
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from support import ROOT
+from support.commands import SMALL, contents, refused, run, run_wina, succeeded
 from wina_convert.errors import CalibrationError
 from wina_convert.models.documents import bundled_files, read_documents
 from wina_convert.models.text import sequences, split
@@ -193,6 +193,7 @@ def test_a_text_that_cannot_be_evaluated_is_refused(name: str, wina_tiny: Path, 
     refused(run_wina("eval", wina_tiny, "--text", make(tmp_path), "--quiet"), *words[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["notes.txt", "rows.jsonl", "rows.parquet"])
 def test_a_conversion_takes_its_text_from_the_file_given(name: str, tiny: Path, tmp_path: Path):
     words = "".join(f"{i * i} is the square of {i}.\n" for i in range(900))

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+
 from support.folders import files_of
 from support.fuzzing import cases as fuzzing
 from support.fuzzing.cases import Bench, Case, CaseError, make_bench, make_case, run_case
 from support.fuzzing.mutations import mutated
-
 from wina_convert.errors import CheckpointError
 from wina_convert.format.names import MANIFEST
 

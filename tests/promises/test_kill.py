@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support.folders import files_of
 from support.killing import Child, End, publish
-
 from wina_convert import convert
 from wina_convert.conversion.staging import recover
 from wina_convert.format.checkpoint import open_checkpoint

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+
 from support.families import make_model
 
 SAMPLES, LENGTH, HIDDEN = 2, 16, 512

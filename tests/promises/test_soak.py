@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import soak
 from torch import Tensor
+
+from support import soak
 
 
 def test_four_threads_generate_what_one_does_and_keep_no_memory(wina_tiny: Path) -> None:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.families import make_model
-from support.shared import Once
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
 )
 
+from support.families import make_model
+from support.shared import Once
 from wina_convert import convert
 
 

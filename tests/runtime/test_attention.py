@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.families import FAMILIES, random_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from support.families import FAMILIES, random_weights
 from wina_convert import load
 from wina_convert.runtime import attention
 from wina_convert.runtime.kernels import cpu

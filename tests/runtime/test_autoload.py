@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.processes import in_new_process
 from transformers import (
     AutoModel,
 )
 from transformers.quantizers import auto
 
 import wina_convert
+from support.processes import in_new_process
 from wina_convert import WinaConfig
 from wina_convert.runtime import autoload, loader
 
@@ -29,6 +29,7 @@ print(json.dumps([gated, model.config.quantization_config.sparsity, imported]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("imports", "discovery"),
     [
@@ -98,6 +99,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_without_the_package_nothing_loads_and_the_error_says_what_to_install(model, wina_tiny, half, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     model.save_pretrained(tmp_path / "shards", max_shard_size="1MB")

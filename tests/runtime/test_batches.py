@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import make_model
-from support.products import DTYPES
-from support.reference import EDGE, Reference, logits, reference
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import wina_convert
+from support.families import make_model
+from support.products import DTYPES
+from support.reference import EDGE, Reference, logits, reference
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

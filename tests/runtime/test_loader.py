@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.folders import tensors_of
-from support.loaded import PROMPT, cutoffs_of, logits
 from transformers import (
     AutoModelForCausalLM,
 )
 
+from support.folders import tensors_of
+from support.loaded import PROMPT, cutoffs_of, logits
 from wina_convert import WinaConfig, load, set_sparsity
 from wina_convert.errors import CheckpointError, OptionError
 from wina_convert.runtime.linear import gated_modules

@@ -6,9 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.families import make_model
-from support.folders import tensors_of
-from support.loaded import PROMPT, cutoffs_of, greedy, logits
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -19,6 +16,9 @@ from transformers import (
     pipeline,
 )
 
+from support.families import make_model
+from support.folders import tensors_of
+from support.loaded import PROMPT, cutoffs_of, greedy, logits
 from wina_convert import convert, load, set_sparsity
 from wina_convert.runtime.linear import WinaLinear, gated_modules
 
@@ -149,6 +149,7 @@ def test_a_left_padded_batch_gives_what_single_rows_give(model):
     assert torch.equal(together, torch.cat([greedy(model, row) for row in rows]))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch imports its own past
 def test_a_compiled_model_is_one_graph_and_equals_the_eager_one(tmp_path):
     convert(

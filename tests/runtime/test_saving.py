@@ -8,9 +8,9 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError
+
 from support.folders import tensors_of
 from support.loaded import equal, logits
-
 from wina_convert import load
 
 

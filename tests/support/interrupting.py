@@ -20,7 +20,6 @@ CALIBRATE = "wina_convert.conversion.layers.calibrate_layer"
 CLOCK = "wina_convert.conversion.layers.time"
 FAST: dict[str, Any] = {"samples": 8, "seq_len": 32, "batch_size": 24}  # SMALL, for Python
 
-
 # A function of a conversion, at which call of it something happens, and whether a layer is finished by then.
 STEPS = [
     ("wina_convert.conversion.pipeline.write_layers", 1, False),

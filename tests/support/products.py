@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SMALLEST = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}  # denormal
+INF = torch.tensor(torch.inf)
 
 
 def problem(
@@ -17,10 +19,6 @@ def problem(
 
     tau = randn(n_in).abs()
     return randn(*leading, n_in).to(dtype), randn(n_in, n_out).to(dtype), tau, randn(n_out).to(dtype) if bias else None
-
-
-SMALLEST = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}  # denormal
-INF = torch.tensor(torch.inf)
 
 
 def randn(seed: int, *shape: int) -> Tensor:

@@ -9,13 +9,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from support.commands import refused, run_wina, succeeded
-from support.families import make_model
-from support.folders import config_of, tensors_of, threshold_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import wina_convert as package
+from support.commands import refused, run_wina, succeeded
+from support.families import make_model
+from support.folders import config_of, tensors_of, threshold_of
 from wina_convert.cli.text import bench_text
 from wina_convert.runtime.linear import WinaLinear, gated_modules
 from wina_convert.verbs import bench, bench_models, benchmark

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.commands import refused, run_wina, succeeded
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import wina_convert as package
+from support.commands import refused, run_wina, succeeded
 from wina_convert.models.text import sequences
 
 MODEL = "one layer"  # see support/shared.py
@@ -25,6 +25,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_eval_measures_what_the_loaded_model_computes(wina_tiny: Path, tiny: Path, text: Path):
     result = run_wina(
         *("eval", wina_tiny, "--text", text, "--source", tiny, "--json", "--quiet"),

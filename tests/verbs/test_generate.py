@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-from support.commands import refused, run_wina, succeeded
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from support.commands import refused, run_wina, succeeded
 from wina_convert.verbs.generate import generate
 
 MODEL = "one layer"  # see support/shared.py

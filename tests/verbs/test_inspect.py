@@ -1,4 +1,4 @@
-"""`wina inspect`."""
+"""`wina inspect`: each layer with its thresholds and what it achieved, with a report and without."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+
 from support.commands import run_wina, succeeded
 
 

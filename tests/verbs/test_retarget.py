@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
+
 from support.breaking import before_call, failing
 from support.commands import contents, refused, run_wina, succeeded
 from support.edits import Change, edit_block, edit_json
 from support.folders import config_of, entries
-from transformers import AutoModelForCausalLM
-
 from wina_convert import load
 from wina_convert.errors import VerificationError
 from wina_convert.format.checkpoint import open_checkpoint

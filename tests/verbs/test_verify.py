@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from support.commands import contents, refused, run_wina, succeeded
 from support.edits import Change, edit_block, edit_config, edit_json, edit_tensor, edit_tensors
 from support.folders import entries
-from torch import Tensor
-
 from wina_convert.errors import WinaError
 from wina_convert.format.manifest import write_manifest
 from wina_convert.verbs.verify import verify_folder

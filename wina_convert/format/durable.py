@@ -22,7 +22,7 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(beside)
         beside.replace(path)
         sync(path.parent)
-    except BaseException:
+    except Exception:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
         raise

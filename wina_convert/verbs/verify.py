@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..errors import VerificationError, as_checkpoint_error
+from ..fitting.budget import budget_of
 from ..fitting.schemes import Scheme, scheme_of
 from ..format.checkpoint import Checkpoint, open_checkpoint
 from ..format.manifest import entry, files_of, read_manifest
@@ -49,7 +50,7 @@ def verify_folder(folder: str | Path, progress: Progress = silent) -> int:
     checkpoint = open_checkpoint(folder)
     with as_checkpoint_error(folder):
         checkpoint_stream(checkpoint, torch.device("cpu"))  # every parameter of the model has a tensor of its shape
-    scheme = scheme_of(checkpoint.config.scheme)
+    scheme, budget = scheme_of(checkpoint.config.scheme), budget_of(checkpoint.config)
     keys = checkpoint.gated_keys()
     with progress("Verifying tensors", len(keys), "projection") as advance:
         for key in keys.values():
@@ -58,6 +59,10 @@ def verify_folder(folder: str | Path, progress: Progress = silent) -> int:
     found = checkpoint.thresholds()
     reported = _recorded(folder, checkpoint) or found
     for name, threshold in found.items():
+        if budget.asked(name, checkpoint.config.sparsity or 0.0) == 0 and threshold > 0:
+            raise VerificationError(
+                f"{name}: nothing is to be skipped, and its threshold is {threshold}; convert again"
+            )
         if math.isclose(reported.get(name, math.nan), threshold, rel_tol=ROUNDING):
             continue
         raise VerificationError(f"{name}: the threshold at the default sparsity is not that of {REPORT}; convert again")

@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.shared import Once
-from support.strangers import logits_of
 from torch import Tensor
 
+from support.shared import Once
+from support.strangers import logits_of
 from wina_convert import load
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
 from support.breaking import failing
 from support.commands import refused, succeeded
 from support.edits import edit_config, edit_fields
 from support.strangers import COMMANDS, all_refuse, command, logits_of, plain
-from torch import Tensor
-from transformers import AutoModelForCausalLM
-
 from wina_convert import load
 from wina_convert.errors import CheckpointError
 from wina_convert.format.manifest import write_manifest

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
+
 from support.breaking import within
 from support.commands import refused, run_wina
 from support.edits import Change, edit_config, edit_fields
@@ -31,8 +33,6 @@ from support.strangers import (
     logits_of,
     plain,
 )
-from torch import Tensor
-
 from wina_convert import load
 from wina_convert.errors import CheckpointError, WinaError
 from wina_convert.format.manifest import write_manifest

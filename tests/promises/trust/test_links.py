@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch import Tensor
+
 from support.breaking import within
 from support.commands import contents, refused, run_wina, succeeded
 from support.strangers import COMMANDS, HANG, INDEX, REPORT, SHARD, SINGLE, Watch, all_refuse, command, logits_of, plain
-from torch import Tensor
-
 from wina_convert import load
 from wina_convert.errors import CheckpointError, WinaError
 from wina_convert.format.manifest import write_manifest

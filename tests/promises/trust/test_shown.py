@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support.commands import refused, run_wina
 from support.edits import edit_block, edit_config, edit_fields
 from support.strangers import COMMANDS, INDEX, REPORT, SINGLE, Q, command, header_of, with_header
-
 from wina_convert.errors import WinaError
 from wina_convert.format.manifest import write_manifest
 from wina_convert.format.names import MANIFEST

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support.strangers import SINGLE, Q, header_of, with_header
 
 LIMITED = """

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from support.breaking import within
 from support.commands import contents, refused, run_wina
 from support.edits import edit_block, edit_config, edit_fields, edit_tensors
 from support.strangers import COMMANDS, HANG, READERS, REPORT, Q, all_refuse, command, logits_of, plain
-from torch import Tensor
-
 from wina_convert import load
 from wina_convert.errors import CheckpointError, WinaError
 from wina_convert.format.manifest import write_manifest

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.products import DTYPES, problem
 from torch import Tensor
 
+from support.products import DTYPES, problem
 from wina_convert.runtime.kernels import gated_linear
 
 seeds = st.integers(0, 2**32 - 1)
@@ -247,6 +247,7 @@ def test_torch_accepts_the_op_with_x_in_any_memory_order(rows, dtype):
     torch.library.opcheck(torch.ops.wina.gated_linear.default, (x.transpose(0, 1), weight_t, tau, bias))
 
 
+@pytest.mark.slow
 def test_a_compiled_call_is_one_graph_and_equals_the_eager_one():
     # With torch's own compiler behind it: test_loader.py.
     def call(x: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) -> Tensor:
@@ -260,6 +261,7 @@ def test_a_compiled_call_is_one_graph_and_equals_the_eager_one():
             torch.testing.assert_close(compiled(*arguments), call(*arguments), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch warns of itself
 @pytest.mark.parametrize("rows", [3, 20])
 def test_a_compiled_call_has_the_gradient_of_the_eager_one(rows):

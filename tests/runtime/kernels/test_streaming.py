@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.processes import python
-from support.products import DTYPES, problem
 from torch import Tensor
 
+from support.processes import python
+from support.products import DTYPES, problem
 from wina_convert.runtime.kernels import streaming
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
@@ -278,6 +278,7 @@ assert done == [2] * 4, done
 """
 
 
+@pytest.mark.slow
 def test_python_threads_that_call_at_once_get_what_each_gets_alone():
     python(PROBLEMS + CONCURRENT)
 
@@ -298,6 +299,7 @@ assert all(same(both(*one_problem), expected) for _ in range(20))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_forked_child_with_one_thread_computes_as_its_parent_did():
     python(PROBLEMS + FORK)
@@ -316,6 +318,7 @@ assert set(requested[-2:]) == {5}, requested
 """
 
 
+@pytest.mark.slow
 def test_the_threads_are_those_of_the_environment_and_fewer_than_asked_for_will_do():
     python(PROBLEMS + LIMITED, OMP_NUM_THREADS="1", OMP_THREAD_LIMIT="2")
 
@@ -337,15 +340,18 @@ assert all("numba" in str(warning.message) for warning in caught)
 """
 
 
+@pytest.mark.slow
 def test_without_numba_results_are_right_and_a_warning_says_that_they_come_slowly():
     python("import sys\nsys.modules['numba'] = None\n" + PROBLEMS.replace(", streaming", "") + WITHOUT)
 
 
+@pytest.mark.slow
 def test_importing_the_package_and_the_loader_does_not_import_the_compiler():
     code = "import sys, wina_convert, wina_convert.runtime.loader\n"
     assert python(code + "print({'numba', 'llvmlite'} & set(sys.modules))")[0] == "set()\n"
 
 
+@pytest.mark.slow
 def test_what_one_process_compiled_the_next_one_reads_from_the_disk(tmp_path):
     code = PROBLEMS + "both(*problem(1, 3, 5, torch.float32))\nprint(sum(c._cache_hits for c in streaming._kept))"
     assert python(code, NUMBA_CACHE_DIR=str(tmp_path))[0] == "0\n"
