@@ -5,10 +5,10 @@ import threading
 
 import pytest
 import torch
-from support.families import FAMILIES, make_model
-from support.loaded import PROMPT, greedy, logits
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from support.families import FAMILIES, make_model
+from support.loaded import PROMPT, greedy, logits
 from wina_convert import convert, load, set_sparsity
 from wina_convert.architectures import ARCHITECTURES
 from wina_convert.runtime import linear
