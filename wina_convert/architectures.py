@@ -15,17 +15,20 @@ class Architecture:
         layers: dotted path of the list of decoder layers in the causal LM.
         attention: projections of the attention block, relative to a decoder layer.
         mlp: projections of the feed-forward block, relative to a decoder layer.
+        shared: groups of them that read the same input, in the order in which a layer calls them.
     """
 
     layers: str
     attention: tuple[str, ...]
     mlp: tuple[str, ...]
+    shared: tuple[tuple[str, ...], ...] = ()
 
 
 SEPARATE = Architecture(
     layers="model.layers",
     attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     mlp=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    shared=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")),
 )
 FUSED = Architecture(
     layers="model.layers",
