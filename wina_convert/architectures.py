@@ -60,6 +60,7 @@ class Architecture:
         mlp: projections of the feed-forward block, relative to a decoder layer.
         residual: how the residual stream is read and written; or why it cannot be turned.
         values: where the values are.
+        shared: groups of them that read the same input, in the order in which a layer calls them.
     """
 
     layers: str
@@ -67,6 +68,7 @@ class Architecture:
     mlp: tuple[str, ...]
     residual: Residual | str
     values: Values
+    shared: tuple[tuple[str, ...], ...] = ()
 
 
 LAYER_NORM = "its LayerNorms subtract the mean over the features"
@@ -84,6 +86,7 @@ SEPARATE = Architecture(
         writers=("self_attn.o_proj", "mlp.down_proj"),
     ),
     values=Values("self_attn.v_proj", "self_attn.o_proj"),
+    shared=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")),
 )
 GEMMA = replace(
     SEPARATE,

@@ -16,7 +16,7 @@ from support.memory import HIDDEN, LAYER, LENGTH, LEVELS, MB, SAMPLES, sizes
 CONVERT = f"""
 import sys
 import wina_convert
-options = dict(samples={SAMPLES}, seq_len={LENGTH}, batch_size=16, device="cpu")
+options = dict(samples={SAMPLES}, seq_len={LENGTH}, batch_size=16, device="cpu", basis="pca")
 wina_convert.convert(sys.argv[1], sys.argv[2], plot="plot" in sys.argv, **options)
 status = open("/proc/self/status").read()  # not getrusage: its peak starts at that of the parent process
 print(status.split("VmHWM:")[1].split()[0])

@@ -97,7 +97,12 @@ class WinaConfig(QuantizationConfigMixin):
         unknown = sorted(set(config_dict) - known)
         if unknown:
             raise CheckpointError(f"quantization_config of config.json has unknown fields: {', '.join(unknown)}")
-        return cls(**(config_dict | {"format_version": FORMAT_VERSION}))
+        return cls(**config_dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The block to store, in the format version that the checkpoint has."""
+        block: dict[str, Any] = super().to_dict()
+        return {name: value for name, value in block.items() if self.format_version > 1 or name != "basis"}
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a caller of `from_pretrained` may override; transformers merges it into the stored config.

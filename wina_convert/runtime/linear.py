@@ -10,10 +10,24 @@ from torch import Tensor, nn
 from ..errors import OptionError
 from ..format.curve import threshold_at
 from ..format.names import COLUMN_NORMS, THRESHOLDS
-from .kernels import dense_linear, gated_linear
+from .kernels import dense_linear, gated_linear, gated_linears
 from .rule import cutoffs
 
 EXACT = (COLUMN_NORMS, THRESHOLDS, "tau")  # stay float32 when the model is cast
+TOGETHER = ("cuda",)  # devices on which several products of the same x cost less in one launch
+
+
+class Handover:
+    """What the first of a group of siblings leaves for the others; one for a whole model, whose groups take turns.
+
+    One for each group would be plainer, but a compiled model checks and writes each of them again for every token.
+
+    Attributes:
+        left: the x that the results are of, and for each sibling that has not been called yet itself, its tau and its y.
+    """
+
+    def __init__(self) -> None:
+        self.left: tuple[Tensor, tuple[tuple[WinaLinear, Tensor | None, Tensor], ...]] | None = None
 
 
 class WinaLinear(nn.Module):
@@ -27,6 +41,9 @@ class WinaLinear(nn.Module):
         tau: [in], float32: `thresholds` at `sparsity`, over `column_norms`; None until `set_sparsity`, and for good where
             the weights are offloaded: then each call computes it.
         dense_prefill: compute calls with several tokens a sequence without skipping.
+        siblings: projections that are called after this one with the same x; this one computes their products too, where
+            that is faster. `grouping.group` sets them.
+        handover: where it leaves their results, and where they look.
     """
 
     # Tensor parallelism of transformers hands a module local shards only where it asks for them.
@@ -46,6 +63,8 @@ class WinaLinear(nn.Module):
         self.grid = tuple(grid)
         self.sparsity = 0.0
         self.dense_prefill = False
+        self.siblings: tuple[WinaLinear, ...] = ()
+        self.handover: Handover | None = None
 
         def frozen(*shape: int, dtype: torch.dtype | None) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
@@ -95,13 +114,43 @@ class WinaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the model's dtype."""
+        handover = self.handover
+        if handover is not None and handover.left is not None:
+            of, ((module, tau, y), *others) = handover.left
+            # Another thread may have left it, or the threshold may have changed: then it is another product.
+            mine = module is self and of is x and tau is self.tau
+            handover.left = (of, tuple(others)) if mine and others else None
+            if mine:
+                return y
+        weight_t = self.weight_t
+        operand = x if x.dtype == weight_t.dtype else x.to(weight_t.dtype)  # under autocast
+        if handover is None or not (self.siblings and self._together(x)):
+            return gated_linear(operand, weight_t, self._tau(x), self.bias)
+        group = (self, *self.siblings)
+        weights_t, biases = [module.weight_t for module in group], [module.bias for module in group]
+        own, *ys = gated_linears(operand, weights_t, [module._tau(x) for module in group], biases)
+        handover.left = (x, tuple([(module, module.tau, y) for module, y in zip(self.siblings, ys, strict=True)]))
+        return own
+
+    def _tau(self, x: Tensor) -> Tensor:
+        """The cutoffs [in] for this call, float32."""
         tau = self.tau if self.tau is not None else self._cutoffs()
         if self.dense_prefill and x.dim() > 1 and x.shape[-2] > 1:
-            tau = torch.full_like(tau, -1.0)  # no magnitude is below
-        weight_t = self.weight_t
-        if x.dtype != weight_t.dtype:  # under autocast
-            x = x.to(weight_t.dtype)
-        return gated_linear(x, weight_t, tau, self.bias)
+            return torch.full_like(tau, -1.0)  # no magnitude is below
+        return tau
+
+    def _together(self, x: Tensor) -> bool:
+        """Whether the siblings' products can be computed now: with this x, weights that are here, and without gradient."""
+        return (
+            x.device.type in TOGETHER
+            and not (x.requires_grad and torch.is_grad_enabled())
+            and all(
+                module.weight_t.device == x.device  # an offloaded one is brought just before its own call
+                and module.weight_t.dtype == self.weight_t.dtype
+                and not module._forward_pre_hooks  # which may give it another x, or another threshold
+                for module in self.siblings
+            )
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before: dict[str, Any] = {name: getattr(self, name) for name in EXACT if getattr(self, name) is not None}

@@ -17,6 +17,7 @@ from ..format.checkpoint import open_checkpoint
 from ..format.config import WinaConfig
 from ..format.names import INSTALL, WEIGHT
 from ..format.shards import sentinel
+from .grouping import group
 from .install import configure, install
 from .linear import gated_modules
 
@@ -51,6 +52,7 @@ class WinaQuantizer(HfQuantizer):
         from . import attention  # here, because transformers imports this module before it is complete
 
         configure(model, self.quantization_config)
+        group(model)
         attention.use(model)
         for module in model.modules():
             if hasattr(module, "save_pretrained"):  # a part of the model that is saved alone needs the sentinel too

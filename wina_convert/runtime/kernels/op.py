@@ -1,6 +1,6 @@
 """The torch ops that every projection of a gated model calls; a kernel for each kind of device stands behind them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..rule import dropped
-from . import cpu, reference
+from . import cpu, cuda, reference
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ PRODUCTS = {
     "wina::gated_linear": Product(
         "(Tensor x, Tensor weight_t, Tensor tau, Tensor? bias) -> Tensor",
         outputs=1,
-        kernels={"default": reference.gated_linear, "cpu": cpu.gated_linear},
+        kernels={"default": reference.gated_linear, "cpu": cpu.gated_linear, "cuda": cuda.gated_linear},
     ),
     # [out, in], as torch stores it: everything is read
     "wina::dense_linear": Product(
@@ -61,6 +61,23 @@ for name, product in PRODUCTS.items():
 
 _gated_linear = torch.ops.wina.gated_linear.default
 _dense_linear = torch.ops.wina.dense_linear.default
+
+
+def _one_by_one(x: Tensor, weights_t: list[Tensor], taus: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    return [_gated_linear(x, *others) for others in zip(weights_t, taus, biases, strict=True)]
+
+
+torch.library.define(
+    "wina::gated_linears",
+    "(Tensor x, Tensor[] weights_t, Tensor[] taus, Tensor?[] biases) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl("wina::gated_linears", "default", _one_by_one)
+torch.library.impl("wina::gated_linears", "cuda", cuda.gated_linears)
+torch.library.register_fake(
+    "wina::gated_linears", lambda x, weights_t, taus, biases: [_fake(1)(x, weight_t) for weight_t in weights_t]
+)
+_gated_linears = torch.ops.wina.gated_linears.default
 
 
 class _GatedLinear(torch.autograd.Function):
@@ -99,6 +116,24 @@ def gated_linear(x: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) 
     apply: Any = _GatedLinear.apply if differentiable else _gated_linear
     y: Tensor = apply(x, weight_t, tau, bias)
     return y
+
+
+def gated_linears(
+    x: Tensor, weights_t: Sequence[Tensor], taus: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Gated projections of the same x, without gradient: in one launch where the device has a kernel for it.
+
+    Args:
+        x: [..., in], float32, bfloat16 or float16.
+        weights_t: [in, out] each, dtype of x, rows contiguous.
+        taus: [in] each, float32.
+        biases: [out] each, dtype of x, or None.
+
+    Returns:
+        [..., out] each, dtype of x.
+    """
+    ys: list[Tensor] = _gated_linears(x, weights_t, taus, biases)
+    return ys
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,119 @@
+"""A small gated Llama on the GPU: groups, generation with and without compilation, and the torch operations beside it."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from wina_convert.format.config import WinaConfig
+from wina_convert.runtime import linear
+from wina_convert.runtime.grouping import group
+from wina_convert.runtime.install import install
+from wina_convert.runtime.kernels import cuda, driver
+from wina_convert.runtime.linear import gated_modules, observing
+from wina_convert.runtime.rule import scores
+
+LAYERS = 2
+PROMPT = [[5, 310, 7, 1999, 45, 45, 3, 800, 12, 64]]
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    """Random weights, float32; no threshold is set."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=2048,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config).eval()
+    plain = {n: m.weight.data for n, m in model.named_modules() if type(m) is nn.Linear and ".layers." in n}
+    install(model, WinaConfig(modules=list(plain)))
+    for name, gate in gated_modules(model).items():
+        gate.weight_t.data = plain[name].t().contiguous()
+        gate.column_norms.data = gate.weight_t.norm(dim=1)
+        gate.thresholds.data.zero_()
+        gate.set_sparsity(0)
+    group(model)
+    return model.cuda()
+
+
+@torch.no_grad()
+def skip(model: LlamaForCausalLM, sparsity: float) -> None:
+    """Set thresholds at which this fraction of the inputs of the prompt is skipped."""
+
+    def see(name: str, gate: linear.WinaLinear, x: Tensor) -> None:
+        gate.set_threshold(scores(x, gate.column_norms).quantile(sparsity))
+
+    with observing(gated_modules(model), see):
+        model(torch.tensor(PROMPT, device="cuda"))
+
+
+@torch.no_grad()
+def logits(model: LlamaForCausalLM, tokens: int = 1) -> Tensor:
+    found: Tensor = model(torch.tensor(PROMPT, device="cuda")[:, :tokens]).logits
+    return found
+
+
+def greedy(model: LlamaForCausalLM, **options: object) -> Tensor:
+    prompt = torch.tensor(PROMPT, device="cuda")
+    found: Tensor = model.generate(prompt, max_new_tokens=12, min_new_tokens=12, do_sample=False, **options)
+    return found
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tiles of each launch from now on."""
+    seen: list[int] = []
+    launch = driver.launch
+
+    def count(function: int, grid: tuple[int, int], *others: object) -> None:
+        seen.append(grid[0])
+        launch(function, grid, *others)
+
+    monkeypatch.setattr(driver, "launch", count)
+    return seen
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_a_token_takes_four_launches_a_layer_and_has_the_logits_of_torch(
+    model, launches, tokens, sparsity, monkeypatch
+):
+    skip(model, sparsity)
+    launches.clear()
+    together = logits(model, tokens)
+    assert len(launches) == (4 * LAYERS if tokens <= cuda.ROWS else 0)
+    launches.clear()
+    monkeypatch.setattr(linear, "TOGETHER", ())
+    apart = logits(model, tokens)
+    assert len(launches) == (7 * LAYERS if tokens <= cuda.ROWS else 0)
+    monkeypatch.setattr(cuda, "products", lambda *_: None)
+    expected = logits(model, tokens)
+    for found in (together, apart):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler and transformers warn of themselves
+def test_generation_with_a_static_cache_is_compiled_and_gives_the_same_tokens(model, launches):
+    skip(model, 0.5)
+    expected = greedy(model)
+    torch._dynamo.reset()
+    assert torch.equal(greedy(model, cache_implementation="static"), expected)
+    launches.clear()
+    assert torch.equal(greedy(model, cache_implementation="static"), expected)
+    assert len(launches) < 11 * 4 * LAYERS  # the rest are replayed
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_thresholds_set_after_a_compilation_count(model):
+    skip(model, 0.0)
+    torch._dynamo.reset()
+    greedy(model, cache_implementation="static")
+    skip(model, 0.8)
+    assert torch.equal(greedy(model, cache_implementation="static"), greedy(model))
