@@ -12,7 +12,7 @@ from ..models.source import Source
 from ..models.text import HELD_OUT
 from ..runtime.kernels import gated_linear
 from .plan import ConversionPlan
-from .turn import Turn
+from .turn import Turn, basis_sequences
 
 # What a dry run assumes to tell the time; the products, most of the work on a large model, it measures.
 DISK_RATE = 5e8  # bytes a second
@@ -51,7 +51,9 @@ def plan_report(
 ) -> dict[str, Any]:
     """What a dry run tells: what would be gated, bytes a token before and after, time and disk."""
     calibrated = len(levels(sparsity)) * (samples + min(PILOT, samples))
-    passes = calibrated + 3 * HELD_OUT + (2 * samples if turn else 0)  # sequences that go through a layer
+    passes = (
+        calibrated + 3 * HELD_OUT + (basis_sequences(samples, length) if turn else 0)
+    )  # sequences that go through a layer
     layer_weights = sum(spec.numel for spec in source.tensors.values()) - plan.embedding_bytes // plan.dtype.itemsize
     scored = calibrated * length * sum(projection.in_features for projection in plan.projections)
     rate = product_rate(plan, length, device)

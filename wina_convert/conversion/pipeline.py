@@ -30,12 +30,8 @@ from .options import IDENTITY, REPORT, ConversionOptions, documented
 from .plan import make_plan
 from .proof import prove
 from .staging import staged
-from .turn import carried_basis, find_basis, plan_turn, restored_basis, turned_source
+from .turn import basis_sequences, carried_basis, find_basis, plan_turn, restored_basis, turned_source
 from .turn_proof import check_turned
-
-BASIS_TEXT = (
-    2  # a basis is found on so many times the sequences that thresholds are fitted on: a dense pass costs little
-)
 
 
 @documented
@@ -73,8 +69,9 @@ def convert(
     source = open_source(
         model, asked.revision, asked.token, asked.trust_remote_code, asked.dry_run, tqdm_class, progress
     )
-    turn = plan_turn(source, asked.basis, device)
-    plan = make_plan(turn.source if turn else source, asked.targets, asked.ignore, asked.dtype)
+    plan = make_plan(source, asked.targets, asked.ignore, asked.dtype)
+    if turn := plan_turn(source, asked.basis, device):
+        plan = make_plan(turn.source, asked.targets, asked.ignore, asked.dtype)
     basis = turn.shown() if turn else {"kind": "none"}
     length = sequence_length(source, asked.seq_len)
     if asked.dry_run:
@@ -84,11 +81,13 @@ def convert(
     at_a_time = 1 if device.type == "cpu" else asked.batch_size
 
     documents = read_documents(asked.calibration)
-    wanted = asked.samples * (BASIS_TEXT if turn else 1)
+    wanted = asked.samples + (basis_sequences(asked.samples, length) if turn else 0)
     packed = sequences(documents, load_tokenizer(source), length, wanted + HELD_OUT, asked.calibration)
     check_vocabulary(packed, source)
     seen, held_out = split(packed, wanted, asked.seed)
-    tokens = seen[: asked.samples]
+    tokens, rest = seen[: asked.samples], seen[asked.samples :]
+    # Scores are smaller on text that a basis was fitted to: thresholds from there would skip less elsewhere.
+    shown = rest if len(rest) >= len(tokens) else seen
     text = Path(asked.calibration).name if Path(asked.calibration).is_file() else asked.calibration
     used = replace(asked, seq_len=length, calibration=text, device=str(device))
     config = WinaConfig(
@@ -114,13 +113,13 @@ def convert(
         "source": config.source | {"files": fingerprints(source)},
         "versions": versions,
         "options": used.deciding(REPORT, IDENTITY),
-        "calibration": config.calibration | {"seen_sha256": digest(seen), "held_out_sha256": digest(held_out)},
+        "calibration": config.calibration | {"basis_sha256": digest(shown), "held_out_sha256": digest(held_out)},
     }
     with staged(Path(out), identity, asked.resume, asked.keep, asked.overwrite) as staging:
         folder, written, carried, differs = staging.folder, source, {}, None
         if turn:
             found = restored_basis(turn, staging.snapshot) or find_basis(
-                turn, plan.dtype, seen, at_a_time, device, asked.seed, progress
+                turn, plan.dtype, shown, at_a_time, device, asked.seed, progress
             )
             differs = check_turned(turn, found, held_out, device, progress)
             written = turned_source(turn, found, plan.dtype if plan.cast else None, device)
@@ -131,7 +130,7 @@ def convert(
             )
         write_config(folder, written, config, plan)
         copy_sidecars(source, folder)
-        proof = prove(written, plan, folder, held_out, device, at_a_time, progress, origin=source if turn else None)
+        proof = prove(written, plan, folder, held_out, device, at_a_time, progress, source if turn else None)
         report = {
             "versions": versions,
             "source": config.source,

@@ -103,7 +103,7 @@ def prove(
     if abs(at_default.achieved - expected_sparsity) > TOLERANCE:
         raise VerificationError(
             f"expected were {expected_sparsity:.1%} of sparsity and achieved {at_default.achieved:.1%} on held-out text; "
-            "calibrate on more text, or on text closer to the model's (--calibration, --samples)"
+            "calibrate on more text, or on text closer to the model's (--calibration, --samples); --basis none needs less"
         )
     return Proof(len(source.tensors), at_default_sparsity, parity.logit_error, at_default)
 

@@ -35,6 +35,8 @@ from ..runtime.keys import checkpoint_keys
 from .staging import Snapshot
 
 CARRIED = "basis/"  # before the names of its tensors in a snapshot
+TOKENS = 1 << 16  # of the dense pass, which costs little beside the gated ones: more of them change little
+MOST = 8  # times the sequences that thresholds are fitted on: who asks for few is in a hurry
 KINDS = ("none", "pca", "fitted", "auto")
 SLICE = 1 << 22  # bytes read at a time of a tensor that is folded row by row
 
@@ -211,6 +213,11 @@ def _turned_headers(source: Source, keys: Mapping[str, str], folds: Mapping[str,
     config = source.config | {"tie_word_embeddings": False}
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return replace(source, config=config, config_text=text, tensors=source.tensors | new)
+
+
+def basis_sequences(samples: int, length: int) -> int:
+    """How many sequences of a length a basis is found on, where thresholds are fitted on `samples` of them."""
+    return min(max(samples, TOKENS // length), MOST * samples)
 
 
 def find_basis(
