@@ -54,7 +54,7 @@ def wina_tiny(tiny: Path, once: "Once") -> Path:
     """`tiny`, converted at 50%. Shared: do not change it, copy it."""
     from wina_convert import convert
 
-    return once("wina-lab-tiny-wina", lambda folder: convert(str(tiny), folder, samples=8, seq_len=64))
+    return once("wina-lab-tiny-wina", lambda folder: convert(str(tiny), folder, samples=8, seq_len=64, basis="none"))
 
 
 @pytest.fixture(scope="module")

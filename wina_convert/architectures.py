@@ -1,49 +1,131 @@
 """The supported model families, as data. This is the only file that names them.
 
-A family is: where its decoder layers are, and which projections of a layer read the hidden state. To add one, add a line
-here and a tiny random model to tests/families.py.
+A family is: where its decoder layers are, which projections of a layer read the hidden state, and which changes of basis
+its structure allows. To add one, add a line here and a tiny random model to tests/families.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Residual:
+    """How the residual stream is read and written, where RMSNorms and linear maps alone do so.
+
+    Such a stream can be turned by any orthogonal matrix: an RMSNorm without its gain commutes with it (SliceGPT,
+    arXiv 2401.15024, section 3).
+
+    Attributes:
+        readers: the norms of a decoder layer, each with the projections that read it, relative to the layer.
+        writers: the projections whose output is added to the stream, relative to the layer.
+        embedding: dotted path of the input embedding in the causal LM.
+        final: dotted path of the norm before the head.
+        head: dotted path of the output embedding.
+        offset: what a norm adds to its stored weight to make the gain: 1 for Gemma, else 0.
+    """
+
+    readers: tuple[tuple[str, tuple[str, ...]], ...]
+    writers: tuple[str, ...]
+    embedding: str = "model.embed_tokens"
+    final: str = "model.norm"
+    head: str = "lm_head"
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Values:
+    """Where attention makes its values and reads their mixture.
+
+    Attention mixes values linearly, head by head, so the values of a key-value head may have any invertible basis.
+
+    Attributes:
+        projection: makes the values, relative to a decoder layer.
+        output: reads the mixed values, relative to a decoder layer.
+        rows: which outputs of `projection` are values: "all"; "last", behind queries and keys; or "interleaved", where every
+            head has its query, key and value one after another.
+    """
+
+    projection: str
+    output: str
+    rows: Literal["all", "last", "interleaved"] = "all"
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where the gated projections of a family are.
+    """Where the gated projections of a family are, and what bases it may be given.
 
     Attributes:
         layers: dotted path of the list of decoder layers in the causal LM.
         attention: projections of the attention block, relative to a decoder layer.
         mlp: projections of the feed-forward block, relative to a decoder layer.
+        residual: how the residual stream is read and written; or why it cannot be turned.
+        values: where the values are.
         shared: groups of them that read the same input, in the order in which a layer calls them.
     """
 
     layers: str
     attention: tuple[str, ...]
     mlp: tuple[str, ...]
+    residual: Residual | str
+    values: Values
     shared: tuple[tuple[str, ...], ...] = ()
 
+
+LAYER_NORM = "its LayerNorms subtract the mean over the features"
+POST_NORM = "its norms act with a gain for every feature on what a block adds to the residual stream"
 
 SEPARATE = Architecture(
     layers="model.layers",
     attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     mlp=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    residual=Residual(
+        readers=(
+            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        ),
+        writers=("self_attn.o_proj", "mlp.down_proj"),
+    ),
+    values=Values("self_attn.v_proj", "self_attn.o_proj"),
     shared=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")),
 )
+GEMMA = replace(
+    SEPARATE,
+    residual=Residual(
+        readers=(
+            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        ),
+        writers=("self_attn.o_proj", "mlp.down_proj"),
+        offset=1.0,
+    ),
+)
+POST_NORMED = replace(SEPARATE, residual=POST_NORM)
 FUSED = Architecture(
     layers="model.layers",
     attention=("self_attn.qkv_proj", "self_attn.o_proj"),
     mlp=("mlp.gate_up_proj", "mlp.down_proj"),
+    residual=Residual(
+        readers=(
+            ("input_layernorm", ("self_attn.qkv_proj",)),
+            ("post_attention_layernorm", ("mlp.gate_up_proj",)),
+        ),
+        writers=("self_attn.o_proj", "mlp.down_proj"),
+    ),
+    values=Values("self_attn.qkv_proj", "self_attn.o_proj", "last"),
 )
 NEOX = Architecture(
     layers="gpt_neox.layers",
     attention=("attention.query_key_value", "attention.dense"),
     mlp=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    residual=LAYER_NORM,
+    values=Values("attention.query_key_value", "attention.dense", "interleaved"),
 )
 GPT2 = Architecture(
     layers="transformer.h",
     attention=("attn.c_attn", "attn.c_proj"),
     mlp=("mlp.c_fc", "mlp.c_proj"),
+    residual=LAYER_NORM,
+    values=Values("attn.c_attn", "attn.c_proj", "last"),
 )
 
 # config.json's model_type -> family
@@ -52,9 +134,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": SEPARATE,
     "qwen2": SEPARATE,  # Qwen2, Qwen2.5
     "qwen3": SEPARATE,
-    "gemma2": SEPARATE,
-    "gemma3_text": SEPARATE,  # Gemma 3, text only
-    "olmo2": SEPARATE,
+    "gemma": GEMMA,
+    "gemma2": POST_NORMED,
+    "gemma3_text": POST_NORMED,  # Gemma 3, text only
+    "olmo2": POST_NORMED,
     "phi3": FUSED,  # Phi-3, Phi-4
     "gpt_neox": NEOX,  # GPT-NeoX, Pythia
     "gpt2": GPT2,

@@ -37,6 +37,7 @@ def test_the_command_the_verb_and_the_function_make_the_same_files(source: Path,
         targets=["mlp", "*.q_proj"],
         seed=3,
         samples=8,
+        basis="none",
         seq_len=32,
         batch_size=24,
     )

@@ -24,8 +24,8 @@ from wina_convert.models.source import open_source
 
 pytestmark = pytest.mark.slow
 
-FAST: dict[str, Any] = {"samples": 4, "seq_len": 32, "batch_size": 8}
-MORE: dict[str, Any] = {"samples": 16, "seq_len": 64, "batch_size": 8}
+FAST: dict[str, Any] = {"samples": 4, "seq_len": 32, "batch_size": 8, "basis": "none"}
+MORE: dict[str, Any] = {"samples": 16, "seq_len": 64, "batch_size": 8, "basis": "none"}
 
 
 def skipped_fractions(folder: Path, tokens: Tensor, sparsity: float) -> tuple[float, dict[str, float]]:
@@ -69,7 +69,7 @@ class Recorded:
 @pytest.fixture(scope="module")
 def recorded(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     folder = tmp_path_factory.mktemp("conversion") / "wina"
-    report = wina_convert.convert(str(tiny), folder, samples=32, seq_len=128)
+    report = wina_convert.convert(str(tiny), folder, samples=32, seq_len=128, basis="none")
     tokenizer = text.load_tokenizer(open_source(str(tiny)))
     packed = text.sequences(documents.read_documents(), tokenizer, 128, 32 + text.HELD_OUT, documents.BUNDLED)
     tokens, held_out = text.split(packed, 32, 0)
@@ -141,6 +141,7 @@ def test_the_report_says_what_was_done(tiny: Path, recorded: Recorded) -> None:
         "calibration": "bundled",
         "samples": 32,
         "seq_len": 128,
+        "basis": "none",
         "batch_size": 1,
         "seed": 0,
         "dtype": "auto",
@@ -205,7 +206,13 @@ def test_fewer_samples_are_used_where_the_text_has_fewer(tiny: Path, tmp_path: P
     (tmp_path / "short.txt").write_text(words)
     tokens = len(AutoTokenizer.from_pretrained(tiny)(words, add_special_tokens=False).input_ids)
     report = wina_convert.convert(
-        str(tiny), tmp_path / "out", calibration=str(tmp_path / "short.txt"), samples=500, seq_len=32, batch_size=8
+        str(tiny),
+        tmp_path / "out",
+        calibration=str(tmp_path / "short.txt"),
+        samples=500,
+        seq_len=32,
+        batch_size=8,
+        basis="none",
     )
     rows = report["calibration"]["samples"] + report["verification"]["sequences"]
     assert tokens // 32 <= rows <= tokens // 31  # a sequence may begin with a BOS

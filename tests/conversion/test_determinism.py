@@ -33,7 +33,7 @@ import hashlib, sys, torch, wina_convert
 tokens = torch.randint(2, 2048, (1, 60), generator=torch.Generator().manual_seed(1))
 for dtype, (samples, length) in {CONVERSIONS}.items():
     out = sys.argv[2] + dtype
-    wina_convert.convert(sys.argv[1], out, samples=samples, seq_len=length, dtype=dtype)
+    wina_convert.convert(sys.argv[1], out, samples=samples, seq_len=length, dtype=dtype, basis="none")
     model = wina_convert.load(out)
     with torch.no_grad():
         logits = torch.cat([model(tokens).logits, model(tokens[:, :5]).logits], 1).float()
@@ -103,7 +103,7 @@ def test_the_number_of_threads_changes_no_byte(dtype: str, processes: dict[str, 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_batch_size_changes_no_byte_on_a_cpu(dtype: str, tiny: Path, tmp_path: Path) -> None:
     """A sequence of 8 tokens alone streams through the compiled kernels; several at a time would not."""
-    options: dict[str, Any] = {"samples": 20, "seq_len": 8, "device": "cpu", "dtype": dtype}
+    options: dict[str, Any] = {"samples": 20, "seq_len": 8, "device": "cpu", "dtype": dtype, "basis": "none"}
     sizes = (1, 3, 8)
     for size in sizes:
         wina_convert.convert(str(tiny), tmp_path / f"{size}", batch_size=size, **options)

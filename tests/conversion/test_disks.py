@@ -87,7 +87,20 @@ def test_a_disk_that_was_large_enough_at_the_start_does_not_fill_up(
 ) -> None:
     """The space that is asked for includes the snapshots, which are the larger part here."""
     disk = tmp_path / "disk"
-    command = (source, "--out", disk / "out", "--quiet", "--samples", "64", "--seq-len", "32", "--targets", "*.o_proj")
+    command = (
+        source,
+        "--out",
+        disk / "out",
+        "--quiet",
+        "--samples",
+        "64",
+        "--seq-len",
+        "32",
+        "--targets",
+        "*.o_proj",
+        "--basis",
+        "none",
+    )
     with mounted(disk, "1m"):
 
         def accepted(kilobytes: int) -> bool:

@@ -107,7 +107,7 @@ def test_a_signal_at_work_is_an_interrupt(
 def test_ctrl_c_ends_a_running_program_and_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "wina_convert", tiny, "--out", tmp_path / "out"]
     process = subprocess.Popen(
-        [*command, "--samples", "100000", "--seq-len", "8", "--quiet"],
+        [*command, "--samples", "100000", "--seq-len", "8", "--quiet", "--basis", "none"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

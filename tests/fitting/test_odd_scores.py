@@ -127,7 +127,7 @@ def test_a_model_of_which_parts_are_dead_converts_and_computes(dtype, change, tm
     tensors = tensors_of(source)
     change(tensors)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    wina_convert.convert(str(source), tmp_path / "out", samples=8, seq_len=32, batch_size=8)
+    wina_convert.convert(str(source), tmp_path / "out", samples=8, seq_len=32, basis="none")
     curves = {name: t for name, t in tensors_of(tmp_path / "out").items() if name.endswith(".thresholds")}
     assert len(curves) == 14
     for name, curve in curves.items():

@@ -30,7 +30,10 @@ def test_what_is_no_checkpoint_is_refused(command: tuple[str, ...], source: Path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, r"format version 2 .* reads version 1; run `pip install --upgrade wina-convert`"),
+        (
+            {"format_version": 3},
+            r"format version 3 .* reads versions 1 and 2; run `pip install --upgrade wina-convert`",
+        ),
         ({"format_version": None}, r"format version None"),
         ({"surprise": 1}, r"unknown fields: surprise"),
         ({"modules": ["model.layers.0.mlp.nosuch"]}, r"gates 'model.layers.0.mlp.nosuch'"),

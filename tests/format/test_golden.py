@@ -161,10 +161,10 @@ def test_every_gated_projection_of_a_golden_checkpoint_is_gated(copied: Path):
 @pytest.mark.parametrize("read", [load, AutoModelForCausalLM.from_pretrained, inspect_checkpoint, retarget])
 def test_the_next_format_version_is_refused_with_the_remedy(read, copied: Path):
     config = config_of(copied)
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = 3
     (copied / "config.json").write_text(json.dumps(config))
     arguments = (copied, 0.5) if read is retarget else (str(copied),)
-    remedy = r"format version 2 .* reads version 1; run `pip install --upgrade wina-convert`"
+    remedy = r"format version 3 .* reads versions 1 and 2; run `pip install --upgrade wina-convert`"
     with pytest.raises(CheckpointError, match=remedy):
         read(*arguments)
 

@@ -29,7 +29,7 @@ from wina_convert.runtime.linear import WinaLinear, gated_modules
 ROOT = Path(__file__).parent.parent.parent
 TEXT = (ROOT / "wina_convert" / "format" / "README.md").read_text("utf-8")
 GOLDEN = ROOT / "tests" / "golden" / "v1"
-SMALL: dict[str, Any] = {"samples": 4, "seq_len": 16}
+SMALL: dict[str, Any] = {"samples": 4, "seq_len": 16, "basis": "none"}
 SPARSITIES = [None, 0.0, 0.25, 0.333, 0.8, 0.95]
 FORMATS = {"F32": "<f4", "F16": "<f2"}
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -194,7 +194,7 @@ def write_example(folder: Path, given: dict[str, list[float]], dtype: str) -> No
         header[name] = {"dtype": kind, "shape": list(np.shape(values)), "data_offsets": [begin, len(data)]}
     text = json.dumps(header).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
-    block = {"quant_method": "wina", "format_version": 1, "grid": given["grid"], "modules": ["model.P"]}
+    block = {"quant_method": "wina", "format_version": 2, "grid": given["grid"], "modules": ["model.P"]}
     (folder / "config.json").write_text(json.dumps({"quantization_config": block}))
 
 
@@ -234,7 +234,7 @@ def set_at(index: int, value: float) -> Callable[[Tensor], Tensor]:
 
 REFUSED: dict[str, Callable[[Path], None]] = {
     "method": edit_block(quant_method="other"),
-    "version": edit_block(format_version=2),
+    "version": edit_block(format_version=3),
     "no version": edit_block(format_version=None),
     "field": edit_block(unknown=1),
     "grid starts late": edit_block(grid=[0.1, *np.linspace(0.2, 0.9, 19)]),
@@ -322,7 +322,7 @@ def test_the_text_lists_the_fields_of_the_config_with_their_defaults() -> None:
     assert len(listed) == len(set(listed))
     assert set(listed) == {field.name for field in fields(WinaConfig)}
     absent = {row[0].strip("`"): row[3].partition(",")[0] for row in found}
-    bare = WinaConfig.from_dict({"quant_method": "wina", "format_version": 1})
+    bare = WinaConfig.from_dict({"quant_method": "wina", "format_version": 2})
     assert [name for name, text in absent.items() if text == "refuse"] == ["quant_method", "format_version"]
     assert (bare.sparsity, absent["sparsity"]) == (None, "0")
     assert (bare.prefill, absent["prefill"]) == (None, "`gated`")
@@ -333,6 +333,8 @@ def test_the_text_lists_the_fields_of_the_config_with_their_defaults() -> None:
     for name in ("calibration", "source", "tool_version"):
         assert absent[name] == "empty"
         assert not getattr(bare, name)
+    assert absent["basis"] == '`{"kind": "none"}`'
+    assert bare.basis == {"kind": "none"}
 
 
 def test_the_config_of_a_conversion_is_as_the_text_says(sources: dict[str, Path], converted: dict[str, Path]) -> None:
@@ -403,7 +405,8 @@ def test_headers_are_ordered_and_padded_as_the_text_says(checkpoint: Path) -> No
 def test_the_text_lists_the_fields_of_the_report(checkpoint: Path) -> None:
     report = json.loads((checkpoint / "wina_report.json").read_text("utf-8"))
     found = rows("`wina_report.json` is for people")
-    assert [row[0].strip("`") for row in found] == list(report)
+    old = config_of(checkpoint)["quantization_config"]["format_version"] == 1  # which had no basis
+    assert [row[0].strip("`") for row in found if not (old and row[0] == "`basis`")] == list(report)
     held = {row[0].strip("`"): row[1] for row in found}
     for field in ("versions", "bytes_per_token", "verification"):
         assert all(f"`{key}`" in held[field] for key in report[field])
@@ -421,4 +424,4 @@ def test_the_manifest_is_as_the_text_says(checkpoint: Path) -> None:
 def test_the_version_of_the_text_is_that_of_the_package() -> None:
     version = WinaConfig().format_version
     assert TEXT.startswith(f"# The WINA checkpoint, format version {version}\n")
-    assert f"| `format_version` | integer | {version} |" in TEXT
+    assert f"| `format_version` | integer | {version};" in TEXT

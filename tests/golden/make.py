@@ -1,4 +1,4 @@
-"""Writes the golden checkpoints: what a conversion wrote when format version 1 was new, and the logits it gave.
+"""Writes the golden checkpoints: what a conversion wrote when a format version was new, and the logits it gave.
 
     python tests/golden/make.py FOLDER  # tests/golden for the golden ones themselves
 
@@ -76,15 +76,16 @@ def expected_logits(folder: Path, stored: str) -> dict[str, Tensor]:
 
 def main(out: Path) -> None:
     """Convert every model into a folder."""
-    if FORMAT_VERSION != 1:
-        sys.exit("the golden checkpoints of format version 1 must not be written by another version")
+    version = f"v{FORMAT_VERSION}"
+    if (out / version).exists():
+        sys.exit(f"{out / version} exists: golden checkpoints of a format version are written once")
     for name, (dtype, fields) in MODELS.items():
         with TemporaryDirectory() as temporary:
             source = Path(temporary) / name
             make_source(source, dtype, fields)
-            convert(str(source), out / "v1" / name, samples=32, seq_len=32)
-        expected = expected_logits(out / "v1" / name, str(dtype).removeprefix("torch."))
-        save_file(expected, out / "v1" / f"{name}.expected.safetensors")
+            convert(str(source), out / version / name, samples=32, seq_len=32)
+        expected = expected_logits(out / version / name, str(dtype).removeprefix("torch."))
+        save_file(expected, out / version / f"{name}.expected.safetensors")
 
 
 if __name__ == "__main__":

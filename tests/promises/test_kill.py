@@ -25,7 +25,7 @@ MODEL = "three layers"  # see support/shared.py
 
 
 # Several shards, and a layer in more than one of them.
-OPTIONS: dict[str, Any] = {"samples": 4, "seq_len": 16, "targets": ["mlp"], "max_shard_size": "200KB"}
+OPTIONS: dict[str, Any] = {"samples": 4, "seq_len": 16, "targets": ["mlp"], "max_shard_size": "200KB", "basis": "none"}
 MODES = pytest.mark.parametrize("old", [False, True], ids=["new", "overwrite"])
 
 

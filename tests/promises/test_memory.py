@@ -7,48 +7,23 @@ mapped files and the libraries included.
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from support.families import make_model
-
-SAMPLES, LENGTH, HIDDEN = 2, 16, 512
-LEVELS = 4  # hidden states that calibration carries: three levels of sparsity, and those after the embedding
-MB = 1 << 20
+from support.memory import HIDDEN, LAYER, LENGTH, LEVELS, MB, SAMPLES, sizes
 
 CONVERT = f"""
 import sys
 import wina_convert
-options = dict(samples={SAMPLES}, seq_len={LENGTH}, batch_size=16, device="cpu")
+options = dict(samples={SAMPLES}, seq_len={LENGTH}, batch_size=16, device="cpu", basis="pca")
 wina_convert.convert(sys.argv[1], sys.argv[2], plot="plot" in sys.argv, **options)
 status = open("/proc/self/status").read()  # not getrusage: its peak starts at that of the parent process
 print(status.split("VmHWM:")[1].split()[0])
 """
-LAYER: dict[str, Any] = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": 1408,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-}
-
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="reads the peak memory of a process from /proc"
 )
-
-
-def sizes(folder: Path) -> tuple[int, int]:
-    """Bytes of the largest decoder layer, and of everything outside the layers."""
-    layers: dict[str, int] = {}
-    outside = 0
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        if name.startswith("model.layers."):
-            layers[name.split(".")[2]] = layers.get(name.split(".")[2], 0) + tensor.nbytes
-        else:
-            outside += tensor.nbytes
-    return max(layers.values()), outside
 
 
 def peak_of_conversion(source: Path, out: Path, *flags: str) -> int:

@@ -32,7 +32,13 @@ def half(once: Once) -> Path:
     """A bfloat16 checkpoint with biases. Shared: do not change it."""
 
     def make(folder: Path) -> None:
-        convert(str(make_model("qwen2", folder / "source", torch.bfloat16)), folder / "wina", samples=8, seq_len=32)
+        convert(
+            str(make_model("qwen2", folder / "source", torch.bfloat16)),
+            folder / "wina",
+            samples=8,
+            seq_len=32,
+            basis="none",
+        )
 
     return once("half", make) / "wina"
 

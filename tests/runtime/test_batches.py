@@ -41,7 +41,7 @@ class Pair:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("pair")
     dense, gated = make_model("llama", folder / "dense"), folder / "gated"
-    wina_convert.convert(str(dense), gated, samples=8, seq_len=32, batch_size=8)
+    wina_convert.convert(str(dense), gated, samples=8, seq_len=32, basis="none")
     return Pair(dense, gated, reference(dense, gated, 0.5), AutoModelForCausalLM.from_pretrained(gated))
 
 

@@ -160,7 +160,7 @@ def test_a_plain_model_is_refused(tiny, dense):
         set_sparsity(dense, 0.5)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_another_format_version_is_refused_with_the_remedy(version, damaged):
     edit(damaged, format_version=version)
     for door in (load, AutoModelForCausalLM.from_pretrained):

@@ -9,8 +9,17 @@ from click.testing import CliRunner, Result
 
 from wina_convert.cli import wina, wina_convert
 
-SMALL = ("--samples", "8", "--seq-len", "32", "--batch-size", "24")  # a conversion of a second or less
-SMALLEST = ("--samples", "4", "--seq-len", "16", "--quiet")  # of a model of kilobytes
+SMALL = (
+    "--samples",
+    "8",
+    "--seq-len",
+    "32",
+    "--batch-size",
+    "24",
+    "--basis",
+    "none",
+)  # a conversion of a second or less
+SMALLEST = ("--samples", "4", "--seq-len", "16", "--quiet", "--basis", "none")  # of a model of kilobytes
 
 
 def run(*args: object) -> Result:

@@ -61,6 +61,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "long_factor": [1.0, 2.0, 3.0, 4.0, 6.0, 8.0],
         },
     },
+    "gemma": {"model_type": "gemma", **SEPARATE, "tie_word_embeddings": True},
     "gemma2": {
         "model_type": "gemma2",
         **SEPARATE,

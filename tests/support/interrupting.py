@@ -18,7 +18,7 @@ HIDDEN = ".out.wina-staging"  # for a target named "out"
 ASIDE = ".out.wina-replaced"
 CALIBRATE = "wina_convert.conversion.layers.calibrate_layer"
 CLOCK = "wina_convert.conversion.layers.time"
-FAST: dict[str, Any] = {"samples": 8, "seq_len": 32, "batch_size": 24}  # SMALL, for Python
+FAST: dict[str, Any] = {"samples": 8, "seq_len": 32, "batch_size": 24, "basis": "none"}  # SMALL, for Python
 
 # A function of a conversion, at which call of it something happens, and whether a layer is finished by then.
 STEPS = [

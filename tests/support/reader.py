@@ -6,7 +6,8 @@ import struct
 import numpy as np
 
 ELEMENTS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-FIELDS = "quant_method format_version sparsity prefill grid modules scheme allocation calibration source tool_version"
+FIELDS = "quant_method format_version sparsity prefill grid modules scheme allocation basis calibration source"
+KNOWN = {*FIELDS.split(), "tool_version"}
 
 
 def refuse(wrong, what):
@@ -19,9 +20,8 @@ class Reader:
         self.folder, self.tensors = folder, {}
         with open(f"{folder}/config.json", encoding="utf-8") as file:
             block = json.load(file).get("quantization_config") or {}
-        refuse(block.get("quant_method") != "wina", "not a WINA checkpoint")
-        refuse(block.get("format_version") != 1, f"format version {block.get('format_version')}; this reads 1")
-        refuse(set(block) - set(FIELDS.split()), "unknown fields")
+        refuse(block.get("quant_method") != "wina" or block.get("format_version") not in (1, 2), "not WINA 1 or 2")
+        refuse(set(block) - KNOWN, "unknown fields")
         self.sparsity, self.grid = block.get("sparsity") or 0.0, block.get("grid", [k / 20 for k in range(20)])
         refuse(self.grid[0] or self.grid[-1] > 1 or self.grid != sorted(set(self.grid)), "no ascending grid")
         try:

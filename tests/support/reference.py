@@ -115,5 +115,5 @@ def assert_equals_reference(dense: Path, gated: Path, sparsity: float) -> None:
 
 def convert(dense: Path, gated: Path, **options: Any) -> dict[str, Any]:
     return wina_convert.convert(
-        str(dense), gated, **{"samples": SAMPLES, "seq_len": LENGTH, "batch_size": 4, **options}
+        str(dense), gated, **{"samples": SAMPLES, "seq_len": LENGTH, "basis": "none", **options}
     )

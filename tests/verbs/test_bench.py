@@ -65,7 +65,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     for name in ("llama", "qwen2", "gpt2"):
         source = make_model(name, folder / name)
-        package.convert(str(source), folder / f"{name}-wina", samples=8, seq_len=32, batch_size=24)
+        package.convert(str(source), folder / f"{name}-wina", samples=8, seq_len=32, basis="none")
     return folder
 
 

@@ -59,7 +59,11 @@ def inspect_command(folder: str, as_json: bool) -> None:
     gated, read = sum(layer.nbytes for layer in found.layers), sum(layer.bytes_per_token for layer in found.layers)
     rows.append(["all", f"{gated / 1e6:.2f}", f"{read / 1e6:.2f}", "", *("" for _ in kinds)])
     measured = "" if found.measured_at is None else f", achieved as measured at {found.measured_at:.0%} at conversion"
-    click.echo(printable(f"{found.name}: {found.source}, scheme {found.scheme}, default sparsity {found.sparsity:.1%}"))
+    click.echo(
+        printable(
+            f"{found.name}: {found.source}, scheme {found.scheme}, basis {found.basis}, default sparsity {found.sparsity:.1%}"
+        )
+    )
     click.echo(f"thresholds and bytes at the default sparsity{measured}; not gated: {found.other_bytes / 1e6:.2f} MB\n")
     click.echo(table(rows))
 

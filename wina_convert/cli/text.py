@@ -21,6 +21,7 @@ def report_text(report: dict[str, Any], out: str, seconds: float) -> str:
             f"  sparsity      asked {held_out['sparsity']:.1%}, achieved {held_out['achieved']:.2%} on held-out text",
             f"  perplexity    dense {held_out['dense_perplexity']:.2f}, gated {held_out['perplexity']:.2f} ({rise:+.1%})",
             f"  bytes/token   {size(reads['dense'])} -> {size(reads['gated'])} ({reads['gated'] / reads['dense'] - 1:+.0%})",
+            f"  basis         {basis_text(report['basis'])}",
             f'Try it: wina generate {out} --prompt "Once upon a time"',
         ]
     )
@@ -43,10 +44,20 @@ def plan_text(plan: dict[str, Any], out: str) -> str:
             "",
             f"  bytes/token   {size(reads['dense'])} -> {size(reads['gated'])} at {plan['sparsity']:.1%} sparsity "
             f"({reads['gated'] / reads['dense'] - 1:+.0%})",
+            f"  basis         {basis_text(plan['basis'])}",
             f"  disk          {size(plan['disk_bytes'])} in {out}",
             f"  time          about {duration(plan['seconds'])}, the download aside",
         ]
     )
+
+
+def basis_text(basis: dict[str, Any]) -> str:
+    """What change of basis a conversion folds into the weights."""
+    if basis["kind"] == "none":
+        return "none: the weights are the source's"
+    kind = "" if basis["kind"] == "values" else f"{basis['kind']}; "
+    fit = f" ({basis['fit']})" if "fit" in basis else ""
+    return f"{kind}residual stream {basis['stream']}, values {basis['values']}{fit}"
 
 
 def bench_text(measured: "Benchmark") -> str:

@@ -14,8 +14,7 @@ BODY = """
 # {title}
 
 This is [{base}]({link}) as a WINA checkpoint: at every gated projection the model skips the input columns that do not
-matter for the token at hand. The weights are unchanged; only a threshold per projection was added
-([WINA, arXiv 2505.19427](https://arxiv.org/abs/2505.19427)).
+matter for the token at hand ([WINA, arXiv 2505.19427](https://arxiv.org/abs/2505.19427)). {basis}
 
 ## Use
 
@@ -62,6 +61,13 @@ sparsity on your text may differ from that on the calibration text. See `wina_re
 """
 
 
+UNCHANGED = "The weights are unchanged; only a threshold per projection was added."
+TURNED = (
+    "The weights are those of the source in another basis of its hidden states, in which more can be skipped; without skipping\n"
+    "the model computes the same, up to rounding."
+)
+
+
 def source_metadata(source: Source) -> dict[str, Any]:
     """The metadata of the source's own card that carries over: licence, languages, tags."""
     path = source.path / CARD
@@ -96,6 +102,7 @@ def write_card(folder: Path, source: Source, report: dict[str, Any]) -> None:
     options, calibration = report["options"], report["calibration"]
     verification, held_out = report["verification"], report["verification"]["held_out"]
     body = BODY.format(
+        basis=UNCHANGED if report["basis"]["kind"] == "none" else TURNED,
         title=f"{source.name.rpartition('/')[2]}-wina",
         base=source.name,
         link=f"https://huggingface.co/{source.name}" if on_hub else ".",

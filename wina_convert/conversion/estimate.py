@@ -12,6 +12,7 @@ from ..models.source import Source
 from ..models.text import HELD_OUT
 from ..runtime.kernels import gated_linear
 from .plan import ConversionPlan
+from .turn import Turn, basis_sequences
 
 # What a dry run assumes to tell the time; the products, most of the work on a large model, it measures.
 DISK_RATE = 5e8  # bytes a second
@@ -40,24 +41,35 @@ def disk_bytes(source: Source, plan: ConversionPlan, sparsity: float, samples: i
 
 
 def plan_report(
-    source: Source, plan: ConversionPlan, sparsity: float, samples: int, length: int, device: torch.device
+    source: Source,
+    plan: ConversionPlan,
+    turn: Turn | None,
+    sparsity: float,
+    samples: int,
+    length: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     """What a dry run tells: what would be gated, bytes a token before and after, time and disk."""
     calibrated = len(levels(sparsity)) * (samples + min(PILOT, samples))
-    passes = calibrated + 3 * HELD_OUT  # sequences that go through a layer
+    passes = (
+        calibrated + 3 * HELD_OUT + (basis_sequences(samples, length) if turn else 0)
+    )  # sequences that go through a layer
     layer_weights = sum(spec.numel for spec in source.tensors.values()) - plan.embedding_bytes // plan.dtype.itemsize
     scored = calibrated * length * sum(projection.in_features for projection in plan.projections)
+    rate = product_rate(plan, length, device)
     seconds = (
-        2 * layer_weights * length * passes / product_rate(plan, length, device)
+        2 * layer_weights * length * passes / rate
         + scored / SCORE_RATE
         + plan.n_layers * passes * CALL_SECONDS
-        + 4 * plan.disk_bytes / DISK_RATE  # read, written, and both read again for verification
+        + (4 + (2 if turn else 0)) * plan.disk_bytes / DISK_RATE  # read, written, both read again; read for a basis
+        + (turn.budget.operations if turn and turn.budget else 0) / rate
     )
     return {
         "source": {"name": source.name, "revision": source.revision},
         "sparsity": sparsity,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "device": str(device),
+        "basis": turn.shown() if turn else {"kind": "none"},
         **shape_report(plan, sparsity),
         "seconds": round(seconds, 1),
     }

@@ -33,10 +33,13 @@ def write_layers(
     device: torch.device,
     shards: ShardWriter,
     staging: Staging,
+    carried: Mapping[str, Tensor],
     progress: Progress,
     plot: bool,
 ) -> dict[str, pictures.ScoreCurve]:
     """Calibrate and write the model layer by layer, from the snapshot on where there is one.
+
+    A snapshot holds `carried` as well, what was found before the layers.
 
     Returns:
         the distribution of scores of every projection near the default sparsity, where `plot` asks for it.
@@ -91,7 +94,7 @@ def write_layers(
             now, last = time.monotonic(), index + 1 == plan.n_layers
             if last or now - saved >= 20 * cost:
                 shards.sync()
-                staging.save(index + 1, _carried({} if last else states, kept))
+                staging.save(index + 1, {**carried, **_carried({} if last else states, kept)})
                 saved = time.monotonic()
                 cost = saved - now
     return {projection.name: kept[projection.name] for projection in plan.projections} if plot else {}

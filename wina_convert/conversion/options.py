@@ -40,6 +40,11 @@ class ConversionOptions:
     )
     samples: int = _option(64, REPORT, "Calibration sequences; fewer are used where the text has fewer.")
     seq_len: int | None = _option(None, REPORT, "Tokens of a sequence.", shown="512, or the model's context if shorter")
+    basis: str = _option(
+        "auto",
+        REPORT,
+        "Basis to fold into the weights: none, pca, fitted, or auto (fitted where the device allows it, else pca).",
+    )
     batch_size: int = _option(1, REPORT, "Sequences computed at a time on a GPU; a CPU takes one, which is as fast.")
     seed: int = _option(0, REPORT, "Seed of the choice of sequences.")
     device: str = _option("auto", IDENTITY, "auto, cpu, cuda, cuda:1 ...")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from .. import __version__
 from ..fitting.thresholds import levels
@@ -29,6 +30,8 @@ from .options import IDENTITY, REPORT, ConversionOptions, documented
 from .plan import make_plan
 from .proof import prove
 from .staging import staged
+from .turn import basis_sequences, carried_basis, find_basis, plan_turn, restored_basis, turned_source
+from .turn_proof import check_turned
 
 
 @documented
@@ -67,17 +70,24 @@ def convert(
         model, asked.revision, asked.token, asked.trust_remote_code, asked.dry_run, tqdm_class, progress
     )
     plan = make_plan(source, asked.targets, asked.ignore, asked.dtype)
+    if turn := plan_turn(source, asked.basis, device):
+        plan = make_plan(turn.source, asked.targets, asked.ignore, asked.dtype)
+    basis = turn.shown() if turn else {"kind": "none"}
     length = sequence_length(source, asked.seq_len)
     if asked.dry_run:
-        return plan_report(source, plan, asked.sparsity, asked.samples, length, device)
+        return plan_report(source, plan, turn, asked.sparsity, asked.samples, length, device)
     check_space(Path(out), disk_bytes(source, plan, asked.sparsity, asked.samples, length))
     # A CPU gains nothing from more sequences at a time, and one by one they give the same bits.
     at_a_time = 1 if device.type == "cpu" else asked.batch_size
 
     documents = read_documents(asked.calibration)
-    packed = sequences(documents, load_tokenizer(source), length, asked.samples + HELD_OUT, asked.calibration)
+    wanted = asked.samples + (basis_sequences(asked.samples, length) if turn else 0)
+    packed = sequences(documents, load_tokenizer(source), length, wanted + HELD_OUT, asked.calibration)
     check_vocabulary(packed, source)
-    tokens, held_out = split(packed, asked.samples, asked.seed)
+    seen, held_out = split(packed, wanted, asked.seed)
+    tokens, rest = seen[: asked.samples], seen[asked.samples :]
+    # Scores are smaller on text that a basis was fitted to: thresholds from there would skip less elsewhere.
+    shown = rest if len(rest) >= len(tokens) else seen
     text = Path(asked.calibration).name if Path(asked.calibration).is_file() else asked.calibration
     used = replace(asked, seq_len=length, calibration=text, device=str(device))
     config = WinaConfig(
@@ -86,13 +96,14 @@ def convert(
         modules=[projection.name for projection in plan.projections],
         scheme=plan.scheme.name,
         allocation=plan.budget.allocation,
+        basis=basis,
         calibration={
             "text": text,
             "samples": len(tokens),
             "seq_len": length,
             "seed": used.seed,
             "levels": list(levels(used.sparsity)),
-            "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+            "tokens_sha256": digest(tokens),
         },
         source={"name": source.name, "revision": source.revision},
         tool_version=__version__,
@@ -102,22 +113,30 @@ def convert(
         "source": config.source | {"files": fingerprints(source)},
         "versions": versions,
         "options": used.deciding(REPORT, IDENTITY),
-        "calibration": config.calibration | {"held_out_sha256": hashlib.sha256(held_out.numpy().tobytes()).hexdigest()},
+        "calibration": config.calibration | {"basis_sha256": digest(shown), "held_out_sha256": digest(held_out)},
     }
     with staged(Path(out), identity, asked.resume, asked.keep, asked.overwrite) as staging:
-        folder = staging.folder
+        folder, written, carried, differs = staging.folder, source, {}, None
+        if turn:
+            found = restored_basis(turn, staging.snapshot) or find_basis(
+                turn, plan.dtype, shown, at_a_time, device, asked.seed, progress
+            )
+            differs = check_turned(turn, found, held_out, device, progress)
+            written = turned_source(turn, found, plan.dtype if plan.cast else None, device)
+            carried = carried_basis(found)
         with ShardWriter(folder, plan.tensors, asked.max_shard_size, staging.snapshot is not None) as shards:
             curves = write_layers(
-                source, plan, config, tokens, at_a_time, device, shards, staging, progress, asked.plot
+                written, plan, config, tokens, at_a_time, device, shards, staging, carried, progress, asked.plot
             )
-        write_config(folder, source, config, plan)
+        write_config(folder, written, config, plan)
         copy_sidecars(source, folder)
-        proof = prove(source, plan, folder, held_out, device, at_a_time, progress)
+        proof = prove(written, plan, folder, held_out, device, at_a_time, progress, source if turn else None)
         report = {
             "versions": versions,
             "source": config.source,
             "options": used.deciding(REPORT),
             **shape_report(plan, used.sparsity),
+            "basis": basis | ({"logits_differ": differs} if turn else {}),
             "calibration": config.calibration,
             "verification": {"sequences": len(held_out), **proof.as_dict()},
         }
@@ -127,6 +146,11 @@ def convert(
             pictures.draw_conversion(folder, report, curves)
         write_manifest(folder)
     return report
+
+
+def digest(tokens: Tensor) -> str:
+    """SHA-256 of token ids."""
+    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
 
 
 def fingerprints(source: Source) -> dict[str, Any]:

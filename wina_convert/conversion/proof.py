@@ -55,6 +55,7 @@ def prove(
     device: torch.device,
     batch_size: int,
     progress: Progress,
+    origin: Source | None = None,
 ) -> Proof:
     """Compare a written checkpoint with its source.
 
@@ -66,6 +67,7 @@ def prove(
         device: to compute on.
         batch_size: sequences at a time.
         progress: how to report it.
+        origin: the dense model to compare with, where `source` is it in another basis.
 
     Raises:
         VerificationError: a tensor is missing, extra or different, the logits differ at sparsity 0, or the sparsity achieved
@@ -83,9 +85,11 @@ def prove(
         raise VerificationError(f"tensor {name!r} was not written as planned; please report this")
     at_default_sparsity = checkpoint.thresholds()
     asked = checkpoint.config.sparsity or 0.0
-    gated, dense = checkpoint_stream(checkpoint, device), dense_stream(source, plan.dtype, device)
+    gated, dense = checkpoint_stream(checkpoint, device), dense_stream(origin or source, plan.dtype, device)
     with progress("Verifying outputs", plan.n_layers * len(held_out) * 3, "sequence") as advance:
-        parity, at_default = measure(gated, held_out, (0.0, asked), dense, batch_size, same_head=True, advance=advance)
+        parity, at_default = measure(
+            gated, held_out, (0.0, asked), dense, batch_size, same_head=origin is None, advance=advance
+        )
     if parity.logit_error is None or not parity.logit_error <= PARITY[plan.dtype]:
         raise VerificationError(
             f"at sparsity 0 the logits differ from the dense model's by {parity.logit_error:.2g} of their scale; "
@@ -99,7 +103,7 @@ def prove(
     if abs(at_default.achieved - expected_sparsity) > TOLERANCE:
         raise VerificationError(
             f"expected were {expected_sparsity:.1%} of sparsity and achieved {at_default.achieved:.1%} on held-out text; "
-            "calibrate on more text, or on text closer to the model's (--calibration, --samples)"
+            "calibrate on more text, or on text closer to the model's (--calibration, --samples); --basis none needs less"
         )
     return Proof(len(source.tensors), at_default_sparsity, parity.logit_error, at_default)
 
@@ -107,7 +111,8 @@ def prove(
 def _check_tensor(source: Source, plan: ConversionPlan, checkpoint: Checkpoint, key: str) -> None:
     """What was written for one tensor of the source, bit for bit against what is made of it again."""
     written = checkpoint.folder.tensors
-    if [spec.name for spec in planned_headers(plan.steps, source.tensors[key])] != [key]:
+    names = [spec.name for spec in planned_headers(plan.steps, source.tensors[key])]
+    if names != [key] or not source.is_stored(key):
         for name, tensor in stored_tensors(source, plan.steps, [key]).items():
             read = dict(checkpoint.read([name]))[name]
             if not _same(tensor, read):

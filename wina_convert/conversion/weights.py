@@ -1,10 +1,11 @@
 """How a tensor of the source becomes tensors of the checkpoint: a list of steps, which know headers before they see data.
 
 A plan asks the steps for headers, so that the files can be laid out before a weight is read; the conversion then sends each
-tensor of the source through the same steps.
+tensor of the source through the same steps. What changes the model and not how it is stored (a basis, say) is no step: it is
+a source of its own, whose `read` makes the tensors.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,16 +26,12 @@ FINITE = 1 << 24  # weights checked at a time: bounds the temporaries of the che
 class Step(Protocol):
     """One step from the source to the checkpoint."""
 
-    def needs(self, key: str) -> Sequence[str]:
-        """Keys of other tensors of the source without which this one's result cannot be made."""
-        ...
-
     def headers(self, spec: TensorSpec) -> list[TensorSpec]:
         """The headers of what becomes of a tensor with this header."""
         ...
 
-    def make(self, name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What becomes of a tensor, by name; `others` holds what it needs. A tensor of `headers` may come later: thresholds."""
+    def make(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """What becomes of a tensor, by name; some of `headers` may come later: thresholds do."""
         ...
 
 
@@ -44,15 +41,11 @@ class Cast:
 
     dtype: torch.dtype
 
-    def needs(self, key: str) -> Sequence[str]:
-        """Nothing."""
-        return ()
-
     def headers(self, spec: TensorSpec) -> list[TensorSpec]:
         """The same in that dtype."""
         return [TensorSpec(spec.name, self.dtype if spec.dtype.is_floating_point else spec.dtype, spec.shape)]
 
-    def make(self, name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def make(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """The same in that dtype.
 
         Raises:
@@ -77,10 +70,6 @@ class Gate:
     projections: Mapping[str, Projection]
     scheme: Scheme
 
-    def needs(self, key: str) -> Sequence[str]:
-        """Nothing."""
-        return ()
-
     def headers(self, spec: TensorSpec) -> list[TensorSpec]:
         """Weight, column weights and thresholds of a gated projection; anything else as it is."""
         projection = self.projections.get(spec.name)
@@ -93,7 +82,7 @@ class Gate:
             TensorSpec(f"{projection.key}.{THRESHOLDS}", torch.float32, (len(GRID),)),
         ]
 
-    def make(self, name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def make(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """Weight and column weights of a gated projection; anything else as it is."""
         projection = self.projections.get(name)
         if projection is None:
@@ -131,24 +120,14 @@ def stored_tensors(source: Folder, steps: Sequence[Step], keys: Iterable[str]) -
         SourceError: a tensor holds NaN or infinity, or cannot be read.
     """
     made: dict[str, Tensor] = {}
-    for key, tensor in _finite_tensors(source, keys):
-        others = dict(_finite_tensors(source, {other for step in steps for other in step.needs(key)}))
-        tensors = {key: tensor}
-        for step in steps:
-            tensors = {
-                name: result
-                for before, one in tensors.items()
-                for name, result in step.make(before, one, others).items()
-            }
-        made |= tensors
-    return made
-
-
-def _finite_tensors(source: Folder, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     for key, tensor in source.read(keys):
         if not finite(tensor):
             raise SourceError(f"tensor {key!r} in {source.path / source.tensors[key].file} holds NaN or infinity")
-        yield key, tensor
+        tensors = {key: tensor}
+        for step in steps:
+            tensors = {name: result for old, one in tensors.items() for name, result in step.make(old, one).items()}
+        made |= tensors
+    return made
 
 
 def finite(tensor: Tensor) -> bool:

@@ -10,7 +10,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import CheckpointError, OptionError
 from .grid import GRID, check_sparsity
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)  # version 1 is version 2 without `basis`
 PREFILL = ("gated", "dense")
 
 
@@ -25,6 +26,7 @@ class WinaConfig(QuantizationConfigMixin):
         modules: full names of the gated projections, in the order of the model.
         scheme: how the score's column weights were made ("wina": L2 norms).
         allocation: how the budget is divided among projections ("uniform": all alike).
+        basis: what change of basis is folded into the weights: its `kind`, and how it was found.
         calibration: what the thresholds were fitted on.
         source: what was converted.
         tool_version: version of the package that wrote the checkpoint.
@@ -41,6 +43,7 @@ class WinaConfig(QuantizationConfigMixin):
     modules: list[str] = field(default_factory=list)
     scheme: str = "wina"
     allocation: str = "uniform"
+    basis: dict[str, Any] = field(default_factory=lambda: {"kind": "none"})
     calibration: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
     tool_version: str = ""
@@ -65,6 +68,7 @@ class WinaConfig(QuantizationConfigMixin):
         if not isinstance(self.modules, list) or not all(isinstance(name, str) for name in self.modules):
             raise CheckpointError("quantization_config.modules of config.json is not a list of names")
         for name, kind in (
+            ("basis", dict),
             ("calibration", dict),
             ("source", dict),
             ("scheme", str),
@@ -84,15 +88,21 @@ class WinaConfig(QuantizationConfigMixin):
             CheckpointError: its format version is unknown, or a field is.
         """
         version = config_dict.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in READABLE or isinstance(version, bool):
             raise CheckpointError(
-                f"this checkpoint has WINA format version {version!r} and this wina-convert reads version "
-                f"{FORMAT_VERSION}; run `pip install --upgrade wina-convert`"
+                f"this checkpoint has WINA format version {version!r} and this wina-convert reads versions "
+                f"{' and '.join(map(str, READABLE))}; run `pip install --upgrade wina-convert`"
             )
-        unknown = sorted(set(config_dict) - set(cls.__dataclass_fields__))
+        known = set(cls.__dataclass_fields__) - ({"basis"} if version == 1 else set())
+        unknown = sorted(set(config_dict) - known)
         if unknown:
             raise CheckpointError(f"quantization_config of config.json has unknown fields: {', '.join(unknown)}")
         return cls(**config_dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The block to store, in the format version that the checkpoint has."""
+        block: dict[str, Any] = super().to_dict()
+        return {name: value for name, value in block.items() if self.format_version > 1 or name != "basis"}
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a caller of `from_pretrained` may override; transformers merges it into the stored config.

@@ -40,6 +40,7 @@ class Inspection:
         sparsity: its default.
         source: name of what was converted.
         scheme: how the scores were weighted.
+        basis: the kind of basis that is folded into the weights; "none": the source's.
         layers: its layers with gated projections.
         measured_at: the sparsity at which `achieved` was measured; None without a report.
         other_bytes: bytes of everything that is not gated.
@@ -49,6 +50,7 @@ class Inspection:
     sparsity: float
     source: str
     scheme: str
+    basis: str
     layers: tuple[LayerSummary, ...]
     measured_at: float | None
     other_bytes: int
@@ -97,6 +99,7 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         sparsity=sparsity,
         source=str(config.source.get("name", "unknown")),
         scheme=config.scheme,
+        basis=str(config.basis.get("kind", "unknown")),
         layers=tuple(layers),
         measured_at=held_out[0] if held_out else None,
         other_bytes=sum(spec.nbytes for spec in specs.values()) - gated,

@@ -45,9 +45,10 @@ BAD_BLOCKS: dict[str, dict[str, Any]] = {
     },
     **{
         f"format_version {value!r:.12}": {"format_version": value}
-        for value in (2, 0, -1, "1", None, 1.5, [1], {}, 10**400)
+        for value in (3, 0, -1, "1", None, 1.5, [1], {}, 10**400)
     },
     **{f"scheme {value!r}": {"scheme": value} for value in (None, 7, [])},
+    **{f"basis {value!r}": {"basis": value} for value in (None, 7, [], "pca")},
     **{f"allocation {value!r}": {"allocation": value} for value in (None, 7, [])},
     "an unknown field": {"rotation": "hadamard"},
     "an empty unknown field": {"": None},

@@ -78,6 +78,7 @@ def make_bench(folder: Path) -> Bench:
         str(make_model("llama", folder / "source", **sizes)),
         folder / "out",
         samples=4,
+        basis="none",
         seq_len=16,
         max_shard_size="100KB",
     )

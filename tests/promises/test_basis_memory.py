@@ -1,0 +1,76 @@
+"""Memory to find, check and fold a basis: within that of a conversion, whatever the depth, and no embedding twice.
+
+Measured in a process of its own, where nothing else was ever loaded.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from support.families import make_model
+from support.memory import HIDDEN, LAYER, LENGTH, MB, SAMPLES, sizes
+
+TURN = f"""
+import sys
+import torch
+from wina_convert.progress import silent
+from wina_convert.models.source import open_source
+from wina_convert.conversion.turn_proof import check_turned
+from wina_convert.conversion.turn import find_basis, plan_turn, read_turned
+cpu = torch.device("cpu")
+turn = plan_turn(open_source(sys.argv[1]), sys.argv[2], cpu)
+tokens = torch.randint(2, 2000, ({SAMPLES}, {LENGTH}), generator=torch.Generator().manual_seed(0))
+basis = find_basis(turn, torch.float32 if "float32" in sys.argv else torch.bfloat16, tokens, 1, cpu, 0, silent)
+check_turned(turn, basis, tokens, cpu, silent)
+for key in turn.source.tensors:
+    for _, tensor in read_turned(turn, basis, [key], cpu):
+        del tensor  # before the next one is made
+status = open("/proc/self/status").read()  # not getrusage: its peak starts at that of the parent process
+print(status.split("VmHWM:")[1].split()[0])
+"""
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads the peak memory of a process from /proc"
+)
+
+
+def peak_of_turning(source: Path, kind: str) -> int:
+    """Find, check and read everything, check the promised bound, and return the peak in bytes."""
+    done = subprocess.run([sys.executable, "-c", TURN, source, kind], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout) * 1024
+    layer, embeddings = sizes(source)
+    states = SAMPLES * LENGTH * HIDDEN * 4
+    print(f"{kind}: layer {layer / MB:.1f} MB, embeddings {embeddings / MB:.1f} MB: peak {peak / MB:.0f} MB")
+    assert peak < 2 * layer + embeddings + states + 600 * MB
+    return peak
+
+
+def test_depth_does_not_raise_the_peak(tmp_path: Path):
+    peaks = {}
+    for depth in (4, 16):
+        source = make_model("llama", tmp_path / f"{depth}", torch.bfloat16, num_hidden_layers=depth, **LAYER)
+        peaks[depth] = peak_of_turning(source, "pca")
+    layer = sizes(source)[0]
+    values = (
+        4 * 8 * 8 * 64 * 64
+    )  # bytes a layer: moments, Gram matrices, bases and inverses of 8 heads of 64, in float64
+    assert peaks[16] - peaks[4] < 2 * layer + 12 * values + 16 * MB  # 12 layers more are 73 MB
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_large_embeddings_are_in_memory_once(tied: bool, tmp_path: Path):
+    source = make_model(
+        "llama",
+        tmp_path,
+        torch.bfloat16,
+        num_hidden_layers=2,
+        vocab_size=200_000,
+        tie_word_embeddings=tied,
+        **LAYER,
+    )
+    assert sizes(source)[1] >= 190 * MB * (1 if tied else 2)  # as float32 or float64 they would break the bound
+    peak_of_turning(source, "pca")
