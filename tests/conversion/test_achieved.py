@@ -141,6 +141,8 @@ def test_the_report_says_what_was_done(tiny: Path, recorded: Recorded) -> None:
         "calibration": "bundled",
         "samples": 32,
         "seq_len": 128,
+        "basis": "none",
+        "scheme": "wina",
         "batch_size": 1,
         "seed": 0,
         "dtype": "auto",

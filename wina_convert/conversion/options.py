@@ -5,7 +5,7 @@ Imports nothing heavy, so that the command line's help shows at once.
 
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -45,6 +45,12 @@ class ConversionOptions:
         REPORT,
         "Basis to fold into the weights: none, pca, fitted, or auto (fitted where the device allows it, else pca).",
     )
+    scheme: str = _option(
+        "wina",
+        REPORT,
+        "How inputs are scored: wina (|x| times the L2 norm of the column), wina-paper (that where keys and gate come from, "
+        "|x| elsewhere, as in the authors' code), teal (|x|) or was (|x| times the L1 norm).",
+    )
     batch_size: int = _option(1, REPORT, "Sequences computed at a time on a GPU; a CPU takes one, which is as fast.")
     seed: int = _option(0, REPORT, "Seed of the choice of sequences.")
     device: str = _option("auto", IDENTITY, "auto, cpu, cuda, cuda:1 ...")
@@ -71,7 +77,10 @@ class ConversionOptions:
     trust_remote_code: bool = _option(False, RUN, "Allow the model's own Python code. Off by default.")
 
     def __post_init__(self) -> None:
+        from ..fitting.schemes import SCHEMES  # here: it imports torch
+
         object.__setattr__(self, "sparsity", check_sparsity(self.sparsity))
+        _check_name("scheme", self.scheme, SCHEMES)
         object.__setattr__(self, "targets", tuple(self.targets))
         object.__setattr__(self, "ignore", tuple(self.ignore))
         if self.samples < 1 or self.batch_size < 1:
@@ -84,6 +93,11 @@ class ConversionOptions:
         values = asdict(self)
         chosen = {f.name: values[f.name] for f in fields(self) if f.metadata["decides"] in what}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
+
+
+def _check_name(option: str, value: object, known: Iterable[str]) -> None:
+    if value not in list(known):  # a value that cannot be hashed is in no table
+        raise OptionError(f"{option} is {value!r}; give one of {', '.join(known)}")
 
 
 def documented(function: Callable[..., Any]) -> Callable[..., Any]:

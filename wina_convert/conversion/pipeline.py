@@ -74,7 +74,7 @@ def convert(
         model, asked.revision, asked.token, asked.trust_remote_code, asked.dry_run, tqdm_class, progress
     )
     turn = plan_turn(source, asked.basis, device)
-    plan = make_plan(turn.source if turn else source, asked.targets, asked.ignore, asked.dtype)
+    plan = make_plan(turn.source if turn else source, asked.targets, asked.ignore, asked.dtype, asked.scheme)
     basis = turn.shown() if turn else {"kind": "none"}
     length = sequence_length(source, asked.seq_len)
     if asked.dry_run:

@@ -79,7 +79,11 @@ class ConversionPlan:
 
 
 def make_plan(
-    source: Source, targets: Sequence[str] = ("all",), ignore: Sequence[str] = (), dtype: str = "auto"
+    source: Source,
+    targets: Sequence[str] = ("all",),
+    ignore: Sequence[str] = (),
+    dtype: str = "auto",
+    scheme: str = "wina",
 ) -> ConversionPlan:
     """Choose the projections to gate.
 
@@ -88,6 +92,7 @@ def make_plan(
         targets: "all", "attention", "mlp", or glob patterns of module names such as `*.down_proj`.
         ignore: glob patterns of module names to leave dense, such as `model.layers.0.*`.
         dtype: "auto" (as the source is), "float32", "bfloat16" or "float16".
+        scheme: how inputs are scored, a name of SCHEMES.
 
     Raises:
         OptionError: a pattern matches nothing, nothing is left to gate, or the dtype is unknown.
@@ -101,8 +106,7 @@ def make_plan(
     if not projections:
         raise SourceError(f"{source.name} has no decoder layer; check its config.json")
     chosen = _choose(projections, source, targets, ignore)
-    scheme = SCHEMES["wina"]
-    steps = steps_of(chosen, scheme, cast)
+    steps = steps_of(chosen, SCHEMES[scheme], cast)
     headers = {key: planned_headers(steps, spec) for key, spec in source.tensors.items()}
     empty = sentinel()
     path = source.architecture.layers
@@ -115,7 +119,7 @@ def make_plan(
     outside = sum(stored_bytes[key] for name, key in keys.items() if not name.startswith(f"{path}."))
     return ConversionPlan(
         projections=chosen,
-        scheme=scheme,
+        scheme=SCHEMES[scheme],
         budget=UNIFORM,
         steps=steps,
         tensors=(

@@ -108,7 +108,7 @@ def draw_scores(path: Path, sparsity: float, curves: Mapping[str, ScoreCurve]) -
         axes.set(xscale="log", title=kind, yticks=[])
     for axes in grid.flat[len(kinds) :]:
         axes.set_visible(False)
-    figure.supxlabel(f"score |x| · column norm; ticks are the thresholds at {sparsity:.0%}, dark lines early layers")
+    figure.supxlabel(f"score |x| · column weight; ticks are the thresholds at {sparsity:.0%}, dark lines early layers")
     _save(figure, path)
 
 

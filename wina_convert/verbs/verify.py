@@ -53,8 +53,8 @@ def verify_folder(folder: str | Path, progress: Progress = silent) -> int:
     scheme, budget = scheme_of(checkpoint.config.scheme), budget_of(checkpoint.config)
     keys = checkpoint.gated_keys()
     with progress("Verifying tensors", len(keys), "projection") as advance:
-        for key in keys.values():
-            _check_norms(checkpoint, key, scheme)
+        for name, key in keys.items():
+            _check_norms(checkpoint, name, key, scheme)
             advance(1)
     found = checkpoint.thresholds()
     reported = _recorded(folder, checkpoint) or found
@@ -69,12 +69,14 @@ def verify_folder(folder: str | Path, progress: Progress = silent) -> int:
     return len(files)
 
 
-def _check_norms(checkpoint: Checkpoint, key: str, scheme: Scheme) -> None:
+def _check_norms(checkpoint: Checkpoint, name: str, key: str, scheme: Scheme) -> None:
     stored = dict(checkpoint.read([f"{key}.{WEIGHT_T}", f"{key}.{COLUMN_NORMS}"]))
     norms = stored[f"{key}.{COLUMN_NORMS}"]
-    expected = scheme.column_weights(stored[f"{key}.{WEIGHT_T}"]) if scheme.recomputed else norms
+    expected = scheme.column_weights(name, stored[f"{key}.{WEIGHT_T}"]) if scheme.recomputed else norms
     if not (norms.isfinite().all() and torch.allclose(norms, expected, ROUNDING, atol=0)):
-        raise VerificationError(f"{key}.{COLUMN_NORMS} are not those of its weights; convert again")
+        raise VerificationError(
+            f"{key}.{COLUMN_NORMS} are not those of its weights for scheme {scheme.name!r}; convert again"
+        )
 
 
 def _recorded(folder: Path, checkpoint: Checkpoint) -> dict[str, float] | None:
