@@ -143,6 +143,7 @@ def test_the_report_says_what_was_done(tiny: Path, recorded: Recorded) -> None:
         "seq_len": 128,
         "basis": "none",
         "scheme": "wina",
+        "allocation": "uniform",
         "batch_size": 1,
         "seed": 0,
         "dtype": "auto",

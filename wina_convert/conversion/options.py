@@ -31,7 +31,7 @@ class ConversionOptions:
     """
 
     sparsity: float = _option(
-        0.5, REPORT, "Default fraction of each projection's inputs to skip, 0 to 0.95. All others are stored too."
+        0.5, REPORT, "Default fraction of the gated weights to skip, 0 to 0.95. All others are stored too."
     )
     calibration: str = _option(
         BUNDLED,
@@ -50,6 +50,12 @@ class ConversionOptions:
         REPORT,
         "How inputs are scored: wina (|x| times the L2 norm of the column), wina-paper (that where keys and gate come from, "
         "|x| elsewhere, as in the authors' code), teal (|x|) or was (|x| times the L1 norm).",
+    )
+    allocation: str = _option(
+        "uniform",
+        REPORT,
+        "How the sparsity is divided: uniform (all projections alike) or types (by type of projection, as was best on small "
+        "models).",
     )
     batch_size: int = _option(1, REPORT, "Sequences computed at a time on a GPU; a CPU takes one, which is as fast.")
     seed: int = _option(0, REPORT, "Seed of the choice of sequences.")
@@ -77,10 +83,12 @@ class ConversionOptions:
     trust_remote_code: bool = _option(False, RUN, "Allow the model's own Python code. Off by default.")
 
     def __post_init__(self) -> None:
-        from ..fitting.schemes import SCHEMES  # here: it imports torch
+        from ..fitting.budget import ALLOCATIONS  # here: they import torch
+        from ..fitting.schemes import SCHEMES
 
         object.__setattr__(self, "sparsity", check_sparsity(self.sparsity))
         _check_name("scheme", self.scheme, SCHEMES)
+        _check_name("allocation", self.allocation, ALLOCATIONS)
         object.__setattr__(self, "targets", tuple(self.targets))
         object.__setattr__(self, "ignore", tuple(self.ignore))
         if self.samples < 1 or self.batch_size < 1:

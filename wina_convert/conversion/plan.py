@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import OptionError, SourceError
-from ..fitting.budget import UNIFORM, Budget
+from ..fitting.budget import ALLOCATIONS, Budget
 from ..fitting.schemes import SCHEMES, Scheme
 from ..format.dtypes import compute_dtype
 from ..format.names import WEIGHT, split_layer
@@ -74,7 +74,7 @@ class ConversionPlan:
 
     def bytes_per_token(self, sparsity: float) -> int:
         """Bytes of weights and cutoffs that a token reads at this sparsity."""
-        gated = sum(projection.bytes_per_token(sparsity) for projection in self.projections)
+        gated = sum(one.bytes_per_token(self.budget.asked(one.name, sparsity)) for one in self.projections)
         return self.dense_bytes_per_token - self.gated_bytes + gated
 
 
@@ -84,6 +84,7 @@ def make_plan(
     ignore: Sequence[str] = (),
     dtype: str = "auto",
     scheme: str = "wina",
+    allocation: str = "uniform",
 ) -> ConversionPlan:
     """Choose the projections to gate.
 
@@ -93,6 +94,7 @@ def make_plan(
         ignore: glob patterns of module names to leave dense, such as `model.layers.0.*`.
         dtype: "auto" (as the source is), "float32", "bfloat16" or "float16".
         scheme: how inputs are scored, a name of SCHEMES.
+        allocation: how the sparsity is divided among the projections, a name of ALLOCATIONS.
 
     Raises:
         OptionError: a pattern matches nothing, nothing is left to gate, or the dtype is unknown.
@@ -120,7 +122,9 @@ def make_plan(
     return ConversionPlan(
         projections=chosen,
         scheme=SCHEMES[scheme],
-        budget=UNIFORM,
+        budget=ALLOCATIONS[allocation](
+            {projection.name: projection.weights for projection in chosen}, source.architecture.prior
+        ),
         steps=steps,
         tensors=(
             *(spec for specs in headers.values() for spec in specs),
