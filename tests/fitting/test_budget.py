@@ -149,9 +149,13 @@ RISING = list(GRID)
     [
         ("types", {}, "'types', which this version does not know without shares"),
         ("nosuch", {}, "'nosuch'"),
-        ("uniform", {"mlp.up_proj": RISING, "mlp.down_proj": RISING}, "'uniform'"),
-        ("types", {"mlp.up_proj": RISING}, "gates mlp.down_proj, mlp.up_proj"),
-        ("types", {"mlp.up_proj": RISING, "mlp.down_proj": RISING, "mlp.gate_proj": RISING}, "mlp.gate_proj"),
+        ("uniform", {"mlp.up_proj": RISING, "mlp.down_proj": RISING}, "'uniform', which has no shares"),
+        ("types", {"mlp.up_proj": RISING}, "only one of them has 'mlp.down_proj'"),
+        (
+            "types",
+            {"mlp.up_proj": RISING, "mlp.down_proj": RISING, "mlp.gate_proj": RISING},
+            "only one of them has 'mlp.gate_proj'",
+        ),
     ],
 )
 def test_a_config_that_does_not_tell_the_budget_is_refused(allocation: str, shares: dict[str, list[float]], words: str):

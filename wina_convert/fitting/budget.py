@@ -108,17 +108,18 @@ def budget_of(config: WinaConfig) -> Budget:
         CheckpointError: config.json does not tell it: it names an allocation without its shares, or shares for other kinds of
             projections than it gates.
     """
-    if config.allocation == UNIFORM.allocation and not config.shares:
-        return UNIFORM
-    if not config.shares:
+    if not config.shares and config.allocation != UNIFORM.allocation:
         raise CheckpointError(
             f"allocation in config.json is {config.allocation!r}, which this version does not know without shares; "
             "run `pip install --upgrade wina-convert`"
         )
-    kinds = {kind_of(name) for name in config.modules}
-    if config.allocation == UNIFORM.allocation or kinds != set(config.shares):
+    if not config.shares:
+        return UNIFORM
+    if config.allocation == UNIFORM.allocation:
+        raise CheckpointError(f"allocation in config.json is {config.allocation!r}, which has no shares; convert again")
+    unlike = {kind_of(name) for name in config.modules} ^ set(config.shares)
+    if unlike:
         raise CheckpointError(
-            f"shares in config.json are for {', '.join(sorted(config.shares))} with allocation {config.allocation!r}, which "
-            f"gates {', '.join(sorted(kinds))}; convert again"
+            f"modules and shares in config.json do not fit together: only one of them has {min(unlike)!r}; convert again"
         )
     return Budget(config.allocation, {name: config.shares[kind_of(name)] for name in config.modules}, config.grid)

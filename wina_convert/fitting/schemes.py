@@ -66,12 +66,12 @@ def ones(name: str, weight_t: Tensor) -> Tensor:
 
     Arguments as in `Scheme.column_weights`.
     """
-    largest: Tensor = torch.linalg.vector_norm(weight_t, math.inf, dim=1)  # takes no memory, as a comparison would
+    largest: Tensor = torch.linalg.vector_norm(weight_t, math.inf, dim=1)  # comparing all weights would take memory
     return (largest > 0).float()
 
 
 def sums_of_magnitudes(name: str, weight_t: Tensor) -> Tensor:
-    """L1 norms (the weight-aware score, WAS), accumulated in float32; arguments as in `Scheme.column_weights`."""
+    """L1 norms, accumulated in float32 (WAS, Wang et al., EMNLP 2025); arguments as in `Scheme.column_weights`."""
     sums: Tensor = torch.linalg.vector_norm(weight_t, 1, dim=1, dtype=torch.float32)
     return sums
 
