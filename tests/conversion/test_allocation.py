@@ -57,7 +57,7 @@ def weights_of(folder: Path) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Divided:
-    """A conversion of the trained model by types, and its report."""
+    """A conversion of the trained model by types, which is the default, and its report."""
 
     folder: Path
     report: dict[str, Any]
@@ -70,7 +70,7 @@ class Divided:
 def divided(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Divided:
     """Shared: copy it to change it."""
     folder = tmp_path_factory.mktemp("types") / "wina"
-    return Divided(folder, wina_convert.convert(str(tiny), folder, **{**FAST, "samples": 16, "seq_len": 64}))
+    return Divided(folder, wina_convert.convert(str(tiny), folder, samples=16, seq_len=64, basis="none"))
 
 
 @pytest.fixture
@@ -152,11 +152,14 @@ def test_inspect_shows_the_allocation_and_what_is_asked(divided: Divided):
     assert list(table).index("asked") > list(table).index("3")
 
 
-def test_inspect_of_a_uniform_checkpoint_has_no_such_row(wina_tiny: Path):
-    shown = run_wina("inspect", wina_tiny)
+def test_inspect_of_a_uniform_checkpoint_has_no_such_row(tiny: Path, tmp_path: Path):
+    wina_convert.convert(str(tiny), tmp_path / "out", **{**FAST, "allocation": "uniform"})
+    shown = run_wina("inspect", tmp_path / "out")
     assert "allocation uniform," in shown.stdout
     assert not any(line.startswith("asked") for line in shown.stdout.splitlines())
-    assert set(inspect_checkpoint(wina_tiny).asked.values()) == {0.5}
+    assert set(inspect_checkpoint(tmp_path / "out").asked.values()) == {0.5}
+    assert config_of(tmp_path / "out")["quantization_config"]["shares"] == {}
+    verify_folder(tmp_path / "out")
 
 
 def less(config: dict[str, Any]) -> None:
@@ -254,7 +257,7 @@ def test_an_unknown_allocation_is_refused_before_anything_is_read(allocation: An
 def test_the_command_takes_an_allocation(tmp_path: Path):
     source = make_model("llama", tmp_path / "source")
     small = ("--basis", "none", "--samples", 4, "--seq-len", 16)
-    succeeded(run(source, "--out", tmp_path / "out", "--allocation", "types", *small))
+    succeeded(run(source, "--out", tmp_path / "out", "--allocation", "uniform", *small))
     report = json.loads((tmp_path / "out" / "wina_report.json").read_text())
-    assert report["options"]["allocation"] == "types"
+    assert report["options"]["allocation"] == "uniform"
     refused(run(source, "--out", tmp_path / "other", "--allocation", "type"), "allocation is 'type'", "uniform, types")

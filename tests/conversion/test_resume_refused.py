@@ -22,7 +22,7 @@ CHANGED_OPTIONS: list[tuple[tuple[str, ...], str]] = [
     (("--seq-len", "16"), "seq_len"),
     (("--batch-size", "5"), "batch_size"),
     (("--scheme", "teal"), "scheme"),
-    (("--allocation", "types"), "allocation"),
+    (("--allocation", "uniform"), "allocation"),
     (("--seed", "3"), "seed"),
     (("--device", "cpu:0"), "device"),
     (("--dtype", "bfloat16"), "dtype"),

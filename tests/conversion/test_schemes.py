@@ -103,7 +103,8 @@ def test_columns_of_zeros_are_skipped_first_in_every_scheme(scheme: str, tmp_pat
         if name.startswith("model.layers.") and tensor.dim() == 2:
             tensor[:, torch.rand(tensor.shape[1], generator=generator) < 0.4] = 0
     (source / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
-    wina_convert.convert(str(source), tmp_path / "out", scheme=scheme, sparsity=0.25, basis="none", **FAST)
+    options = {"scheme": scheme, "allocation": "uniform", "sparsity": 0.25, "basis": "none"}
+    wina_convert.convert(str(source), tmp_path / "out", **options, **FAST)
     written = tensors_of(tmp_path / "out")
     zeros = 0
     for name, gate in gated_modules(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).items():

@@ -52,10 +52,9 @@ class ConversionOptions:
         "|x| elsewhere, as in the authors' code), teal (|x|) or was (|x| times the L1 norm).",
     )
     allocation: str = _option(
-        "uniform",
+        "types",
         REPORT,
-        "How the sparsity is divided: uniform (all projections alike) or types (by type of projection, as was best on small "
-        "models).",
+        "How the sparsity is divided: types (by type of projection, as was best on small models) or uniform (all alike).",
     )
     batch_size: int = _option(1, REPORT, "Sequences computed at a time on a GPU; a CPU takes one, which is as fast.")
     seed: int = _option(0, REPORT, "Seed of the choice of sequences.")

@@ -84,7 +84,7 @@ def make_plan(
     ignore: Sequence[str] = (),
     dtype: str = "auto",
     scheme: str = "wina",
-    allocation: str = "uniform",
+    allocation: str = "types",
 ) -> ConversionPlan:
     """Choose the projections to gate.
 
