@@ -25,7 +25,7 @@ from wina_convert.models.source import open_source
 pytestmark = pytest.mark.slow
 
 FAST: dict[str, Any] = {"samples": 4, "seq_len": 32, "batch_size": 8, "basis": "none"}
-MORE: dict[str, Any] = {"samples": 16, "seq_len": 64, "batch_size": 8, "basis": "none"}
+MORE: dict[str, Any] = {"samples": 16, "seq_len": 64, "batch_size": 8, "basis": "none", "allocation": "uniform"}
 
 
 def skipped_fractions(folder: Path, tokens: Tensor, sparsity: float) -> tuple[float, dict[str, float]]:
@@ -69,7 +69,7 @@ class Recorded:
 @pytest.fixture(scope="module")
 def recorded(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     folder = tmp_path_factory.mktemp("conversion") / "wina"
-    report = wina_convert.convert(str(tiny), folder, samples=32, seq_len=128, basis="none")
+    report = wina_convert.convert(str(tiny), folder, samples=32, seq_len=128, basis="none", allocation="uniform")
     tokenizer = text.load_tokenizer(open_source(str(tiny)))
     packed = text.sequences(documents.read_documents(), tokenizer, 128, 32 + text.HELD_OUT, documents.BUNDLED)
     tokens, held_out = text.split(packed, 32, 0)
@@ -142,6 +142,8 @@ def test_the_report_says_what_was_done(tiny: Path, recorded: Recorded) -> None:
         "samples": 32,
         "seq_len": 128,
         "basis": "none",
+        "scheme": "wina",
+        "allocation": "uniform",
         "batch_size": 1,
         "seed": 0,
         "dtype": "auto",

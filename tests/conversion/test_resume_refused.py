@@ -21,6 +21,8 @@ CHANGED_OPTIONS: list[tuple[tuple[str, ...], str]] = [
     (("--samples", "7"), "samples"),
     (("--seq-len", "16"), "seq_len"),
     (("--batch-size", "5"), "batch_size"),
+    (("--scheme", "teal"), "scheme"),
+    (("--allocation", "uniform"), "allocation"),
     (("--seed", "3"), "seed"),
     (("--device", "cpu:0"), "device"),
     (("--dtype", "bfloat16"), "dtype"),

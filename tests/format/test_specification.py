@@ -330,7 +330,7 @@ def test_the_text_lists_the_fields_of_the_config_with_their_defaults() -> None:
     assert bare.modules == []
     for name in ("scheme", "allocation"):
         assert absent[name] == f"`{getattr(bare, name)}`"
-    for name in ("calibration", "source", "tool_version"):
+    for name in ("calibration", "source", "tool_version", "shares"):
         assert absent[name] == "empty"
         assert not getattr(bare, name)
     assert absent["basis"] == '`{"kind": "none"}`'

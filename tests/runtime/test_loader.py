@@ -103,7 +103,7 @@ def test_a_sparsity_beyond_the_stored_grid_is_refused(damaged):
     save_file(
         {name: tensor.contiguous() for name, tensor in short.items()}, damaged / "model.safetensors", {"format": "pt"}
     )
-    edit(damaged, grid=[round(0.05 * k, 2) for k in range(11)])
+    edit(damaged, grid=[round(0.05 * k, 2) for k in range(11)], allocation="uniform", shares={})
     loaded = load(damaged, sparsity=0.5)
     with pytest.raises(OptionError, match=r"thresholds up to 0\.5"):
         set_sparsity(loaded, 0.6)

@@ -7,7 +7,7 @@ import numpy as np
 
 ELEMENTS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 FIELDS = "quant_method format_version sparsity prefill grid modules scheme allocation basis calibration source"
-KNOWN = {*FIELDS.split(), "tool_version"}
+KNOWN = {*FIELDS.split(), "tool_version", "shares"}
 
 
 def refuse(wrong, what):

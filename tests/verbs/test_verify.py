@@ -174,7 +174,10 @@ WRONG_CONTENT: dict[str, tuple[Change, tuple[str, ...]]] = {
     "config does not name a stored projection": (modules(lambda names: names.remove(DOWN)), (DOWN,)),
     "config names nothing": (modules(lambda names: names.clear()), ("does not name",)),
     "a stored projection without a name in config": (edit_tensors(stranger), (OTHER,)),
-    "a grid of another length": (edit_block(grid=[0, 0.5, 0.95]), ("thresholds", "[3]")),
+    "a grid of another length": (
+        edit_block(grid=[0, 0.5, 0.95], allocation="uniform", shares={}),
+        ("thresholds", "[3]"),
+    ),
     "a sparsity out of range": (edit_block(sparsity=0.96), ("sparsity",)),
     # what transformers would find when it builds the model
     "a projection of another shape": (edit_tensors(transposed), (f"{DOWN}.weight_t", "32")),

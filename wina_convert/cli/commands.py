@@ -57,11 +57,14 @@ def inspect_command(folder: str, as_json: bool) -> None:
             [str(layer.layer), f"{layer.nbytes / 1e6:.2f}", f"{layer.bytes_per_token / 1e6:.2f}", achieved, *thresholds]
         )
     gated, read = sum(layer.nbytes for layer in found.layers), sum(layer.bytes_per_token for layer in found.layers)
+    if found.allocation != "uniform":
+        rows.append(["asked", "", "", f"{found.sparsity:.1%}", *(f"{found.asked[kind]:.1%}" for kind in kinds)])
     rows.append(["all", f"{gated / 1e6:.2f}", f"{read / 1e6:.2f}", "", *("" for _ in kinds)])
     measured = "" if found.measured_at is None else f", achieved as measured at {found.measured_at:.0%} at conversion"
     click.echo(
         printable(
-            f"{found.name}: {found.source}, scheme {found.scheme}, basis {found.basis}, default sparsity {found.sparsity:.1%}"
+            f"{found.name}: {found.source}, scheme {found.scheme}, allocation {found.allocation}, basis {found.basis}, "
+            f"default sparsity {found.sparsity:.1%}"
         )
     )
     click.echo(f"thresholds and bytes at the default sparsity{measured}; not gated: {found.other_bytes / 1e6:.2f} MB\n")

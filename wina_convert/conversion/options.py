@@ -5,7 +5,7 @@ Imports nothing heavy, so that the command line's help shows at once.
 
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -31,7 +31,7 @@ class ConversionOptions:
     """
 
     sparsity: float = _option(
-        0.5, REPORT, "Default fraction of each projection's inputs to skip, 0 to 0.95. All others are stored too."
+        0.5, REPORT, "Default fraction of the gated weights to skip, 0 to 0.95. All others are stored too."
     )
     calibration: str = _option(
         BUNDLED,
@@ -44,6 +44,17 @@ class ConversionOptions:
         "auto",
         REPORT,
         "Basis to fold into the weights: none, pca, fitted, or auto (fitted where the device allows it, else pca).",
+    )
+    scheme: str = _option(
+        "wina",
+        REPORT,
+        "How inputs are scored: wina (|x| times the L2 norm of the column), wina-paper (that where keys and gate come from, "
+        "|x| elsewhere, as in the authors' code), teal (|x|) or was (|x| times the L1 norm).",
+    )
+    allocation: str = _option(
+        "types",
+        REPORT,
+        "How the sparsity is divided: types (by type of projection, as was best on small models) or uniform (all alike).",
     )
     batch_size: int = _option(1, REPORT, "Sequences computed at a time on a GPU; a CPU takes one, which is as fast.")
     seed: int = _option(0, REPORT, "Seed of the choice of sequences.")
@@ -71,7 +82,12 @@ class ConversionOptions:
     trust_remote_code: bool = _option(False, RUN, "Allow the model's own Python code. Off by default.")
 
     def __post_init__(self) -> None:
+        from ..fitting.budget import ALLOCATIONS  # here: they import torch
+        from ..fitting.schemes import SCHEMES
+
         object.__setattr__(self, "sparsity", check_sparsity(self.sparsity))
+        _check_name("scheme", self.scheme, SCHEMES)
+        _check_name("allocation", self.allocation, ALLOCATIONS)
         object.__setattr__(self, "targets", tuple(self.targets))
         object.__setattr__(self, "ignore", tuple(self.ignore))
         if self.samples < 1 or self.batch_size < 1:
@@ -84,6 +100,11 @@ class ConversionOptions:
         values = asdict(self)
         chosen = {f.name: values[f.name] for f in fields(self) if f.metadata["decides"] in what}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
+
+
+def _check_name(option: str, value: object, known: Iterable[str]) -> None:
+    if value not in list(known):  # a value that cannot be hashed is in no table
+        raise OptionError(f"{option} is {value!r}; give one of {', '.join(known)}")
 
 
 def documented(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -69,9 +69,10 @@ def convert(
     source = open_source(
         model, asked.revision, asked.token, asked.trust_remote_code, asked.dry_run, tqdm_class, progress
     )
-    plan = make_plan(source, asked.targets, asked.ignore, asked.dtype)
+    chosen = (asked.targets, asked.ignore, asked.dtype, asked.scheme, asked.allocation)
+    plan = make_plan(source, *chosen)
     if turn := plan_turn(source, asked.basis, device):
-        plan = make_plan(turn.source, asked.targets, asked.ignore, asked.dtype)
+        plan = make_plan(turn.source, *chosen)
     basis = turn.shown() if turn else {"kind": "none"}
     length = sequence_length(source, asked.seq_len)
     if asked.dry_run:
@@ -96,6 +97,7 @@ def convert(
         modules=[projection.name for projection in plan.projections],
         scheme=plan.scheme.name,
         allocation=plan.budget.allocation,
+        shares=plan.budget.by_kind(),
         basis=basis,
         calibration={
             "text": text,
@@ -143,7 +145,7 @@ def convert(
         write_json(folder / REPORT_FILE, report)
         write_card(folder, source, report)
         if asked.plot:
-            pictures.draw_conversion(folder, report, curves)
+            pictures.draw_conversion(folder, report, curves, plan.budget)
         write_manifest(folder)
     return report
 

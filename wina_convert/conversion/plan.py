@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import OptionError, SourceError
-from ..fitting.budget import UNIFORM, Budget
+from ..fitting.budget import ALLOCATIONS, Budget
 from ..fitting.schemes import SCHEMES, Scheme
 from ..format.dtypes import compute_dtype
 from ..format.names import WEIGHT, split_layer
@@ -74,12 +74,17 @@ class ConversionPlan:
 
     def bytes_per_token(self, sparsity: float) -> int:
         """Bytes of weights and cutoffs that a token reads at this sparsity."""
-        gated = sum(projection.bytes_per_token(sparsity) for projection in self.projections)
+        gated = sum(one.bytes_per_token(self.budget.asked(one.name, sparsity)) for one in self.projections)
         return self.dense_bytes_per_token - self.gated_bytes + gated
 
 
 def make_plan(
-    source: Source, targets: Sequence[str] = ("all",), ignore: Sequence[str] = (), dtype: str = "auto"
+    source: Source,
+    targets: Sequence[str] = ("all",),
+    ignore: Sequence[str] = (),
+    dtype: str = "auto",
+    scheme: str = "wina",
+    allocation: str = "types",
 ) -> ConversionPlan:
     """Choose the projections to gate.
 
@@ -88,6 +93,8 @@ def make_plan(
         targets: "all", "attention", "mlp", or glob patterns of module names such as `*.down_proj`.
         ignore: glob patterns of module names to leave dense, such as `model.layers.0.*`.
         dtype: "auto" (as the source is), "float32", "bfloat16" or "float16".
+        scheme: how inputs are scored, a name of SCHEMES.
+        allocation: how the sparsity is divided among the projections, a name of ALLOCATIONS.
 
     Raises:
         OptionError: a pattern matches nothing, nothing is left to gate, or the dtype is unknown.
@@ -101,8 +108,7 @@ def make_plan(
     if not projections:
         raise SourceError(f"{source.name} has no decoder layer; check its config.json")
     chosen = _choose(projections, source, targets, ignore)
-    scheme = SCHEMES["wina"]
-    steps = steps_of(chosen, scheme, cast)
+    steps = steps_of(chosen, SCHEMES[scheme], cast)
     headers = {key: planned_headers(steps, spec) for key, spec in source.tensors.items()}
     empty = sentinel()
     path = source.architecture.layers
@@ -115,8 +121,10 @@ def make_plan(
     outside = sum(stored_bytes[key] for name, key in keys.items() if not name.startswith(f"{path}."))
     return ConversionPlan(
         projections=chosen,
-        scheme=scheme,
-        budget=UNIFORM,
+        scheme=SCHEMES[scheme],
+        budget=ALLOCATIONS[allocation](
+            {projection.name: projection.weights for projection in chosen}, source.architecture.prior
+        ),
         steps=steps,
         tensors=(
             *(spec for specs in headers.values() for spec in specs),

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import OptionError
+from ..fitting.budget import Budget
 from ..fitting.histogram import ScoreHistogram
 from ..format.names import split_layer
 
@@ -49,28 +50,36 @@ def score_curve(histogram: ScoreHistogram, sparsity: float) -> ScoreCurve:
     return ScoreCurve(scores[shown], density[shown], histogram.quantile(sparsity))
 
 
-def draw_conversion(folder: Path, report: Mapping[str, Any], curves: Mapping[str, ScoreCurve]) -> None:
+def draw_conversion(folder: Path, report: Mapping[str, Any], curves: Mapping[str, ScoreCurve], budget: Budget) -> None:
     """Write both pictures into a folder.
 
     Args:
         folder: where to.
         report: as in wina_report.json.
         curves: the distribution of scores of every projection.
+        budget: the sparsity that was asked of each.
     """
-    draw_sparsity(folder / SPARSITY_PNG, report)
+    draw_sparsity(folder / SPARSITY_PNG, report, budget)
     draw_scores(folder / SCORES_PNG, report["options"]["sparsity"], curves)
 
 
-def draw_sparsity(path: Path, report: Mapping[str, Any]) -> None:
-    """One line per kind of projection: the sparsity achieved on held-out calibration text, by layer."""
+def draw_sparsity(path: Path, report: Mapping[str, Any], budget: Budget) -> None:
+    """One line per kind of projection: the sparsity achieved on held-out calibration text, by layer.
+
+    Where kinds are asked for unlike sparsities, a dashed line in the colour of each says for which.
+    """
     asked = report["options"]["sparsity"]
     figure, ((axes,),) = _figure(9, 5)
     kinds: dict[str, list[tuple[int, float]]] = {}
+    shares: dict[str, float] = {}
     for name, achieved in report["verification"]["held_out"]["projections"].items():
         layer, kind = _layer_and_kind(name)
         kinds.setdefault(kind, []).append((layer, achieved))
+        shares[kind] = budget.asked(name, asked)
     for kind, points in kinds.items():
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.2, label=kind)
+        (line,) = axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.2, label=kind)
+        if budget.shares:
+            axes.axhline(shares[kind], color=line.get_color(), linestyle="--", linewidth=0.8, alpha=0.6)
     axes.axhline(asked, color="black", linestyle="--", linewidth=1.2, label=f"asked {asked:.0%}")
     axes.set(
         xlabel="decoder layer",
@@ -108,7 +117,7 @@ def draw_scores(path: Path, sparsity: float, curves: Mapping[str, ScoreCurve]) -
         axes.set(xscale="log", title=kind, yticks=[])
     for axes in grid.flat[len(kinds) :]:
         axes.set_visible(False)
-    figure.supxlabel(f"score |x| · column norm; ticks are the thresholds at {sparsity:.0%}, dark lines early layers")
+    figure.supxlabel(f"score |x| · column weight; ticks are the thresholds at {sparsity:.0%}, dark lines early layers")
     _save(figure, path)
 
 

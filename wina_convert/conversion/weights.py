@@ -90,7 +90,7 @@ class Gate:
         weight_t = (tensor if projection.transposed_in_source else tensor.t()).contiguous()
         return {
             f"{projection.key}.{WEIGHT_T}": weight_t,
-            f"{projection.key}.{COLUMN_NORMS}": self.scheme.column_weights(weight_t),
+            f"{projection.key}.{COLUMN_NORMS}": self.scheme.column_weights(projection.name, weight_t),
         }
 
 

@@ -1,15 +1,21 @@
 """How the columns of a matrix are weighted in the score of its inputs: a scheme is one entry of a table.
 
-The runtime knows no scheme: it multiplies |x_j| by the stored weight of column j, whatever that is.
+The runtime knows no scheme: it multiplies |x_j| by the stored weight of column j, whatever that is. In every scheme a column
+of zeros weighs 0: skipping its input changes no output, so that it is skipped first and at any sparsity.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..architectures import ARCHITECTURES
 from ..errors import CheckpointError
+from ..format.names import split_layer
+
+KEYS_AND_GATES = frozenset(kind for family in ARCHITECTURES.values() for kind in family.weighted)
 
 
 @dataclass(frozen=True)
@@ -18,12 +24,13 @@ class Scheme:
 
     Attributes:
         name: as config.json stores it.
-        column_weights: from a projection's transposed weight [in, out] to the weight of every column [in], float32.
+        column_weights: from a projection's full name and its transposed weight [in, out], contiguous, to the weight of every
+            column [in], float32. In another basis, of the turned weight.
         recomputed: whether they follow from the stored weight alone, so that `wina verify` can hold them against it.
     """
 
     name: str
-    column_weights: Callable[[Tensor], Tensor]
+    column_weights: Callable[[str, Tensor], Tensor]
     recomputed: bool
 
 
@@ -40,9 +47,43 @@ def column_norms(weight_t: Tensor) -> Tensor:
     return norms
 
 
+def every_norm(name: str, weight_t: Tensor) -> Tensor:
+    """L2 norms, whatever the projection (WINA, arXiv 2505.19427, equation 4); arguments as in `Scheme.column_weights`."""
+    return column_norms(weight_t)
+
+
+def norms_of_keys_and_gates(name: str, weight_t: Tensor) -> Tensor:
+    """L2 norms where the keys or the gate come from and 1 elsewhere: what the code of WINA's authors does.
+
+    Which projections these are is data of the families (`Architecture.weighted`). Arguments as in `Scheme.column_weights`.
+    """
+    place = split_layer(name)
+    return column_norms(weight_t) if place and place[2] in KEYS_AND_GATES else ones(name, weight_t)
+
+
+def ones(name: str, weight_t: Tensor) -> Tensor:
+    """1 for every column that is not all zeros: the magnitude alone decides (TEAL, arXiv 2408.14690).
+
+    Arguments as in `Scheme.column_weights`.
+    """
+    largest: Tensor = torch.linalg.vector_norm(weight_t, math.inf, dim=1)  # comparing all weights would take memory
+    return (largest > 0).float()
+
+
+def sums_of_magnitudes(name: str, weight_t: Tensor) -> Tensor:
+    """L1 norms, accumulated in float32 (WAS, Wang et al., EMNLP 2025); arguments as in `Scheme.column_weights`."""
+    sums: Tensor = torch.linalg.vector_norm(weight_t, 1, dim=1, dtype=torch.float32)
+    return sums
+
+
 SCHEMES = {
     scheme.name: scheme
-    for scheme in (Scheme("wina", column_norms, recomputed=True),)  # arXiv 2505.19427
+    for scheme in (
+        Scheme("wina", every_norm, recomputed=True),
+        Scheme("wina-paper", norms_of_keys_and_gates, recomputed=True),
+        Scheme("teal", ones, recomputed=True),
+        Scheme("was", sums_of_magnitudes, recomputed=True),
+    )
 }
 
 

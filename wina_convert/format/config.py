@@ -11,7 +11,8 @@ from ..errors import CheckpointError, OptionError
 from .grid import GRID, check_sparsity
 
 FORMAT_VERSION = 2
-READABLE = (1, 2)  # version 1 is version 2 without `basis`
+READABLE = (1, 2)
+NEW_IN_2 = ("basis", "shares")  # without these fields, version 2 is version 1
 PREFILL = ("gated", "dense")
 
 
@@ -20,12 +21,15 @@ class WinaConfig(QuantizationConfigMixin):
     """Configuration of a WINA checkpoint; with `from_pretrained`, a way to choose the sparsity or the prefill.
 
     Attributes:
-        sparsity: fraction of every gated projection's inputs to skip, within [0, 0.95]; None: the checkpoint's default.
+        sparsity: fraction of the gated projections' inputs to skip, each projection counted by its weights, within [0, 0.95];
+            None: the checkpoint's default.
         prefill: "gated" skips in every call; "dense" only where a call brings one token a sequence. None: the default.
         grid: ascending sparsities at which the checkpoint stores thresholds, the first 0.
         modules: full names of the gated projections, in the order of the model.
         scheme: how the score's column weights were made ("wina": L2 norms).
-        allocation: how the budget is divided among projections ("uniform": all alike).
+        allocation: how the sparsity is divided among projections ("uniform": all alike).
+        shares: the fraction asked of each projection at the points of the grid, by its name within a decoder layer; empty for
+            "uniform".
         basis: what change of basis is folded into the weights: its `kind`, and how it was found.
         calibration: what the thresholds were fitted on.
         source: what was converted.
@@ -43,6 +47,7 @@ class WinaConfig(QuantizationConfigMixin):
     modules: list[str] = field(default_factory=list)
     scheme: str = "wina"
     allocation: str = "uniform"
+    shares: dict[str, list[float]] = field(default_factory=dict)
     basis: dict[str, Any] = field(default_factory=lambda: {"kind": "none"})
     calibration: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
@@ -68,6 +73,7 @@ class WinaConfig(QuantizationConfigMixin):
         if not isinstance(self.modules, list) or not all(isinstance(name, str) for name in self.modules):
             raise CheckpointError("quantization_config.modules of config.json is not a list of names")
         for name, kind in (
+            ("shares", dict),
             ("basis", dict),
             ("calibration", dict),
             ("source", dict),
@@ -77,6 +83,11 @@ class WinaConfig(QuantizationConfigMixin):
         ):
             if not isinstance(getattr(self, name), kind):
                 raise CheckpointError(f"quantization_config.{name} of config.json is no {kind.__name__}")
+        for projection, share in self.shares.items():
+            if not _rises(share, len(grid)):
+                raise CheckpointError(
+                    f"quantization_config.shares of config.json has no {len(grid)} ascending fractions from 0 for {projection!r}"
+                )
         if self.sparsity is not None and self.sparsity > grid[-1]:
             raise OptionError(f"sparsity is {self.sparsity}; this checkpoint has thresholds up to {grid[-1]}")
 
@@ -93,7 +104,7 @@ class WinaConfig(QuantizationConfigMixin):
                 f"this checkpoint has WINA format version {version!r} and this wina-convert reads versions "
                 f"{' and '.join(map(str, READABLE))}; run `pip install --upgrade wina-convert`"
             )
-        known = set(cls.__dataclass_fields__) - ({"basis"} if version == 1 else set())
+        known = set(cls.__dataclass_fields__) - (set(NEW_IN_2) if version == 1 else set())
         unknown = sorted(set(config_dict) - known)
         if unknown:
             raise CheckpointError(f"quantization_config of config.json has unknown fields: {', '.join(unknown)}")
@@ -102,7 +113,7 @@ class WinaConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """The block to store, in the format version that the checkpoint has."""
         block: dict[str, Any] = super().to_dict()
-        return {name: value for name, value in block.items() if self.format_version > 1 or name != "basis"}
+        return {name: value for name, value in block.items() if self.format_version > 1 or name not in NEW_IN_2}
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a caller of `from_pretrained` may override; transformers merges it into the stored config.
@@ -112,3 +123,14 @@ class WinaConfig(QuantizationConfigMixin):
         warnings.filterwarnings("ignore", message=r"You passed `quantization_config`.*\['(sparsity|prefill)'")
         chosen = {"sparsity": self.sparsity, "prefill": self.prefill}
         return {name: value for name, value in chosen.items() if value is not None}
+
+
+def _rises(share: Any, length: int) -> bool:
+    """Whether it is a list of so many fractions from 0, none below the one before."""
+    return (
+        isinstance(share, list)
+        and len(share) == length
+        and all(isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1 for value in share)
+        and share[0] == 0
+        and all(a <= b for a, b in pairwise(share))
+    )

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..fitting.budget import budget_of, kind_of
 from ..format.checkpoint import open_checkpoint
 from ..format.curve import threshold_at
 from ..format.names import REPORT, WEIGHT_T, split_layer
@@ -40,6 +41,8 @@ class Inspection:
         sparsity: its default.
         source: name of what was converted.
         scheme: how the scores were weighted.
+        allocation: how the sparsity was divided among the projections.
+        asked: the fraction asked of each kind of projection at the default sparsity.
         basis: the kind of basis that is folded into the weights; "none": the source's.
         layers: its layers with gated projections.
         measured_at: the sparsity at which `achieved` was measured; None without a report.
@@ -50,6 +53,8 @@ class Inspection:
     sparsity: float
     source: str
     scheme: str
+    allocation: str
+    asked: dict[str, float]
     basis: str
     layers: tuple[LayerSummary, ...]
     measured_at: float | None
@@ -60,10 +65,11 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
     """Summarise a checkpoint; reads the thresholds and no weight.
 
     Raises:
-        CheckpointError: it is not a WINA checkpoint.
+        CheckpointError: it is not a WINA checkpoint, or does not tell how its sparsity is divided.
     """
     checkpoint = open_checkpoint(folder)
     config, specs = checkpoint.config, checkpoint.folder.tensors
+    budget = budget_of(config)
     sparsity = config.sparsity or 0.0
     keys = checkpoint.gated_keys()
     held_out = _held_out(Path(folder), keys)
@@ -90,7 +96,10 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
                     kind: float(threshold_at(curves[name], config.grid, sparsity)) for kind, name in kinds.items()
                 },
                 achieved=achieved,
-                bytes_per_token=sum(bytes_read(s.nbytes, s.shape[0], sparsity) for s in weights.values()),
+                bytes_per_token=sum(
+                    bytes_read(spec.nbytes, spec.shape[0], budget.asked(name, sparsity))
+                    for name, spec in weights.items()
+                ),
             )
         )
     gated = sum(summary.nbytes for summary in layers)
@@ -99,6 +108,8 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         sparsity=sparsity,
         source=str(config.source.get("name", "unknown")),
         scheme=config.scheme,
+        allocation=config.allocation,
+        asked={kind_of(name): budget.asked(name, sparsity) for name in keys},
         basis=str(config.basis.get("kind", "unknown")),
         layers=tuple(layers),
         measured_at=held_out[0] if held_out else None,

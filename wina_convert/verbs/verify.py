@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..errors import VerificationError, as_checkpoint_error
-from ..fitting.budget import budget_of
+from ..fitting.budget import Budget, budget_of
 from ..fitting.schemes import Scheme, scheme_of
 from ..format.checkpoint import Checkpoint, open_checkpoint
 from ..format.manifest import entry, files_of, read_manifest
@@ -17,6 +17,7 @@ from ..models.stream import checkpoint_stream
 from ..progress import Progress, silent
 
 ROUNDING = 1e-4  # of norms and thresholds, computed again on another machine
+SPENT = 1e-9  # of the sparsity that shares come to, which are stored in full
 
 
 def verify_folder(folder: str | Path, progress: Progress = silent) -> int:
@@ -32,7 +33,8 @@ def verify_folder(folder: str | Path, progress: Progress = silent) -> int:
     Raises:
         CheckpointError: it is not a WINA checkpoint, or has no manifest that can be read.
         VerificationError: a file is missing, extra or changed; norms are not those of the weights; thresholds are not finite
-            and ascending; config and tensors do not fit together.
+            and ascending; what is asked of the projections is not the sparsity of the whole; config and tensors do not fit
+            together.
     """
     folder = Path(folder)
     with as_checkpoint_error():
@@ -53,9 +55,10 @@ def verify_folder(folder: str | Path, progress: Progress = silent) -> int:
     scheme, budget = scheme_of(checkpoint.config.scheme), budget_of(checkpoint.config)
     keys = checkpoint.gated_keys()
     with progress("Verifying tensors", len(keys), "projection") as advance:
-        for key in keys.values():
-            _check_norms(checkpoint, key, scheme)
+        for name, key in keys.items():
+            _check_norms(checkpoint, name, key, scheme)
             advance(1)
+    _check_budget(checkpoint, budget)
     found = checkpoint.thresholds()
     reported = _recorded(folder, checkpoint) or found
     for name, threshold in found.items():
@@ -69,12 +72,25 @@ def verify_folder(folder: str | Path, progress: Progress = silent) -> int:
     return len(files)
 
 
-def _check_norms(checkpoint: Checkpoint, key: str, scheme: Scheme) -> None:
+def _check_budget(checkpoint: Checkpoint, budget: Budget) -> None:
+    specs = checkpoint.folder.tensors
+    weights = {name: specs[f"{key}.{WEIGHT_T}"].numel for name, key in checkpoint.gated_keys().items()}
+    for level in budget.grid if budget.shares else ():
+        if abs(budget.overall(weights, level) - level) > SPENT:
+            raise VerificationError(
+                f"{checkpoint.folder.path}: shares in config.json come to {budget.overall(weights, level):.4%} of the weights "
+                f"where {level:.4%} is asked; convert again"
+            )
+
+
+def _check_norms(checkpoint: Checkpoint, name: str, key: str, scheme: Scheme) -> None:
     stored = dict(checkpoint.read([f"{key}.{WEIGHT_T}", f"{key}.{COLUMN_NORMS}"]))
     norms = stored[f"{key}.{COLUMN_NORMS}"]
-    expected = scheme.column_weights(stored[f"{key}.{WEIGHT_T}"]) if scheme.recomputed else norms
+    expected = scheme.column_weights(name, stored[f"{key}.{WEIGHT_T}"]) if scheme.recomputed else norms
     if not (norms.isfinite().all() and torch.allclose(norms, expected, ROUNDING, atol=0)):
-        raise VerificationError(f"{key}.{COLUMN_NORMS} are not those of its weights; convert again")
+        raise VerificationError(
+            f"{key}.{COLUMN_NORMS} are not those of its weights for scheme {scheme.name!r}; convert again"
+        )
 
 
 def _recorded(folder: Path, checkpoint: Checkpoint) -> dict[str, float] | None:

@@ -106,6 +106,9 @@ def tensor_twice(folder: Path, name: str) -> None:
 PLACES: dict[str, Callable[[Path, str], object]] = {
     "the source": lambda folder, name: edit_block(source={"name": name})(folder),
     "the scheme": lambda folder, name: edit_block(scheme=name)(folder),
+    "the allocation": lambda folder, name: edit_block(allocation=name)(folder),
+    "a share": lambda folder, name: edit_block(shares={name: [k / 20 for k in range(20)]}, allocation="types")(folder),
+    "a share that is none": lambda folder, name: edit_block(shares={name: 1})(folder),
     "a field of the block": lambda folder, name: edit_block(**{name: 1})(folder),
     "the prefill": lambda folder, name: edit_block(prefill=name)(folder),
     "the sparsity": lambda folder, name: edit_block(sparsity=name)(folder),

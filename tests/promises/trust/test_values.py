@@ -50,6 +50,13 @@ BAD_BLOCKS: dict[str, dict[str, Any]] = {
     **{f"scheme {value!r}": {"scheme": value} for value in (None, 7, [])},
     **{f"basis {value!r}": {"basis": value} for value in (None, 7, [], "pca")},
     **{f"allocation {value!r}": {"allocation": value} for value in (None, 7, [])},
+    **{
+        f"shares {value!r:.24}": {"shares": value, "allocation": "types"}
+        for value in (
+            None, 7, [], "x", {"mlp.up_proj": None}, {"mlp.up_proj": 0.5}, {"mlp.up_proj": []}, {"mlp.up_proj": [0, 0.5]},
+            {"mlp.up_proj": [NAN] * 20}, {"mlp.up_proj": [0, *[10**400] * 19]}, {"mlp.up_proj": [0, *["1"] * 19]},
+        )
+    },
     "an unknown field": {"rotation": "hadamard"},
     "an empty unknown field": {"": None},
 }  # fmt: skip

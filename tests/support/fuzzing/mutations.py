@@ -66,7 +66,17 @@ FIELDS += [
     "model_type",
     "architectures",
 ]
-FIELDS += ["sparsity", "grid", "modules", "scheme", "prefill", "format_version", "tie_word_embeddings", "pruned_heads"]
+FIELDS += [
+    "sparsity",
+    "grid",
+    "modules",
+    "scheme",
+    "shares",
+    "prefill",
+    "format_version",
+    "tie_word_embeddings",
+    "pruned_heads",
+]
 FIELDS += ["weight_map", "metadata", "files", "verification", "thresholds", "__metadata__", "head_dim", "is_decoder"]
 DTYPES = ["F32", "BF16", "F16", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "U32", "C64", "f32", ""]
 
