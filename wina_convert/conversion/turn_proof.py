@@ -1,4 +1,4 @@
-"""The proof of a change of basis: the turned model against its source, both in float32, before anything is rounded.
+"""The proof of a change of basis: the turned model against its source, before anything is rounded.
 
 The logits are compared, which everything goes into. Neither an embedding nor a head is in memory as a whole: of the one only
 the rows of the tokens that are looked up, of the other a slice at a time.
@@ -19,13 +19,16 @@ from ..runtime.keys import checkpoint_keys
 from .turn import SLICE, Turn, folded_rows, read_turned
 
 CHECKED = 2  # sequences on which the logits are compared
-TOLERANCE = 1e-5  # of the largest logit, in float32
+TOLERANCE = 1e-5  # of the largest logit
+PRECISIONS = (torch.float32, torch.float64)
 
 Rows = Callable[[str], Iterable[Tensor]]  # slices of a stored tensor along its first dimension, by checkpoint key
 
 
 def check_turned(turn: Turn, basis: Basis, tokens: Tensor, device: torch.device, progress: Progress) -> float:
     """Hold the turned model against its source.
+
+    In float32 first. What float32 itself rounds grows with depth and width, so where that hides the answer, float64 decides.
 
     Args:
         turn: what is turned.
@@ -40,20 +43,34 @@ def check_turned(turn: Turn, basis: Basis, tokens: Tensor, device: torch.device,
     Raises:
         VerificationError: it is more than `TOLERANCE`.
     """
+    for dtype in PRECISIONS:
+        error = _difference(turn, basis, tokens[:CHECKED], dtype, device, progress)
+        if error <= TOLERANCE:
+            return error
+    raise VerificationError(
+        f"in the new basis the logits differ by {error:.2g} of their scale, where {TOLERANCE:.0e} is rounding; "
+        "pass --basis none"
+    )
+
+
+def _difference(
+    turn: Turn, basis: Basis, tokens: Tensor, dtype: torch.dtype, device: torch.device, progress: Progress
+) -> float:
+    """The largest difference between logits, as a part of the largest logit, with both models in `dtype`; or NaN."""
 
     def source_rows(key: str) -> Iterator[Tensor]:
         for rows in read_rows(turn.origin.path, turn.origin.tensors[key], SLICE):
-            yield rows.float()
+            yield rows.to(dtype)
 
     def turned_rows(key: str) -> Iterator[Tensor]:
         fold = turn.folds.get(key)
         if fold is None:
             return source_rows(key)
         spec = turn.origin.tensors[fold.copy_of or key]
-        return folded_rows(turn.origin, fold, basis, spec, torch.float32, device)
+        return folded_rows(turn.origin, fold, basis, spec, dtype, device)
 
     def read_found(keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        return read_turned(turn, basis, keys, device, torch.float32)
+        return read_turned(turn, basis, keys, device, dtype)
 
     def read_expected(keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         for key in keys:
@@ -61,27 +78,21 @@ def check_turned(turn: Turn, basis: Basis, tokens: Tensor, device: torch.device,
             yield key, tensor
 
     sides = (
-        _Side(turn.origin, read_expected, source_rows, tokens[:CHECKED], device),
-        _Side(turn.source, read_found, turned_rows, tokens[:CHECKED], device),
+        _Side(turn.origin, read_expected, source_rows, tokens, dtype, device),
+        _Side(turn.source, read_found, turned_rows, tokens, dtype, device),
     )
     with progress("Comparing with the source", 2 * turn.sizes.layers, "layer") as advance:
         for side in sides:
             side.run(advance)
-        difference = scale = torch.zeros(())
+        difference = scale = torch.zeros((), dtype=dtype)
         for expected, found in zip(*(side.logits() for side in sides), strict=True):
             difference = torch.maximum(difference, (expected - found).abs().max())  # which passes NaN on
             scale = torch.maximum(scale, expected.abs().max())
-    error = float(difference / scale) if scale else float(difference)
-    if not error <= TOLERANCE:
-        raise VerificationError(
-            f"in the new basis the logits differ by {error:.2g} of their scale, where {TOLERANCE:.0e} is rounding; "
-            "pass --basis none"
-        )
-    return error
+    return float(difference / scale) if scale else float(difference)
 
 
 class _Side:
-    """One of the two models, run in float32."""
+    """One of the two models."""
 
     def __init__(
         self,
@@ -89,9 +100,10 @@ class _Side:
         read: Callable[[Iterable[str]], Iterator[tuple[str, Tensor]]],
         rows: Rows,
         tokens: Tensor,
+        dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        model = build_skeleton(source, torch.float32)
+        model = build_skeleton(source, dtype)
         keys = checkpoint_keys(model, source.tensors)
         embedding = model.get_input_embeddings()
         embedding.padding_idx = None  # type: ignore[assignment] # matters to gradients alone, and need not be among the rows looked up
