@@ -50,7 +50,7 @@ def launches(monkeypatch):
     seen = []
     kernels = {}
 
-    def launch(function, grid, threads, shared, stream, arguments):
+    def launch(function, grid, threads, shared, stream, early, arguments):
         (code, rows, lanes, aligned) = next(key for key, handle in kernels.items() if handle == function)
         dtype = DTYPES[code]
         *fields, x, partial, counters, matrices, n_in, splits, tiles = struct.unpack(

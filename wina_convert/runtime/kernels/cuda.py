@@ -23,6 +23,7 @@ ROWS = 2  # of a call; from three on the union of their kept inputs is so large 
 MATRICES = 3  # of a launch
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 OLDEST = 80  # compute capability: bfloat16, and loads that pass the caches by
+EARLY = 90  # compute capability from which a kernel may start before the one before it has ended
 
 # As in gated.cu.
 WARPS = 16
@@ -282,7 +283,9 @@ def _run(
     fields += _NO_MATRIX * (MATRICES - len(ys))
     memory = x_at, 0 if partial is None else partial.data_ptr(), counters
     arguments = _pack(*fields, *memory, len(ys), n_in, division.splits, division.tiles)
-    driver.launch(kernel, (division.tiles, division.splits), 32 * WARPS, division.shared, stream, arguments)
+    driver.launch(
+        kernel, (division.tiles, division.splits), 32 * WARPS, division.shared, stream, card.arch >= EARLY, arguments
+    )
     return ys
 
 
