@@ -124,7 +124,7 @@ class WinaLinear(nn.Module):
                 return y
         weight_t = self.weight_t
         operand = x if x.dtype == weight_t.dtype else x.to(weight_t.dtype)  # under autocast
-        if not (self.siblings and self._together(x)):
+        if not (self.siblings and self._together(x, weight_t)):
             return gated_linear(operand, weight_t, self._tau(x), self.bias)
         group = (self, *self.siblings)
         weights_t, biases = [module.weight_t for module in group], [module.bias for module in group]
@@ -134,23 +134,25 @@ class WinaLinear(nn.Module):
 
     def _tau(self, x: Tensor) -> Tensor:
         """The cutoffs [in] for this call, float32."""
-        tau = self.tau if self.tau is not None else self._cutoffs()
+        tau = self.tau
+        if tau is None:
+            tau = self._cutoffs()
         if self.dense_prefill and x.dim() > 1 and x.shape[-2] > 1:
             return torch.full_like(tau, -1.0)  # no magnitude is below
         return tau
 
-    def _together(self, x: Tensor) -> bool:
+    def _together(self, x: Tensor, weight_t: Tensor) -> bool:
         """Whether the siblings' products can be computed now: with this x, weights that are here, and without gradient."""
-        return (
-            x.device.type in TOGETHER
-            and not (x.requires_grad and torch.is_grad_enabled())
-            and all(
-                module.weight_t.device == x.device  # an offloaded one is brought just before its own call
-                and module.weight_t.dtype == self.weight_t.dtype
-                and not module._forward_pre_hooks  # which may give it another x, or another threshold
-                for module in self.siblings
-            )
-        )
+        device, dtype = x.device, weight_t.dtype
+        if device.type not in TOGETHER or (x.requires_grad and torch.is_grad_enabled()):
+            return False
+        for module in self.siblings:
+            other = module.weight_t
+            if other.device != device or other.dtype != dtype:  # an offloaded one is brought just before its own call
+                return False
+            if module._forward_pre_hooks:  # which may give it another x, or another threshold
+                return False
+        return True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before: dict[str, Any] = {name: getattr(self, name) for name in EXACT if getattr(self, name) is not None}

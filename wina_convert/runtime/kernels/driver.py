@@ -4,7 +4,7 @@ import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 
 MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 MAX_SHARED_BYTES = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
@@ -29,6 +29,7 @@ class _Launch(ctypes.Structure):  # CUlaunchConfig
     )
 
 
+_Pointers = ctypes.c_char_p * 1
 _EARLY_AT = ctypes.pointer(_Attribute(PROGRAMMATIC_SERIALIZATION, 0, (1,)))
 
 
@@ -107,11 +108,16 @@ def launch(
     Raises:
         DriverError: also for what an earlier kernel did wrong.
     """
-    config = _Launch((*grid, 1), (threads, 1, 1), shared, stream, _EARLY_AT, early)
-    pointers = (ctypes.c_char_p * 1)(arguments)
-    status = _launch()(ctypes.byref(config), function, pointers, None)
+    config = _config(grid, threads, shared, stream, early)
+    status = _launch()(ctypes.byref(config), function, _Pointers(arguments), None)
     if status:
         raise DriverError(_reason("cuLaunchKernelEx", status))
+
+
+@lru_cache(maxsize=1024)
+def _config(grid: tuple[int, int], threads: int, shared: int, stream: int, early: bool) -> _Launch:
+    """Kept, because a model launches the same few over and over, and never changed."""
+    return _Launch((*grid, 1), (threads, 1, 1), shared, stream, _EARLY_AT, early)
 
 
 def shared_memory(index: int) -> int:
