@@ -12,6 +12,9 @@ from wina_convert.runtime.install import install
 from wina_convert.runtime.kernels import cuda, driver
 from wina_convert.runtime.linear import gated_modules, observing
 from wina_convert.runtime.rule import scores
+from wina_convert.verbs import bench_models
+from wina_convert.verbs.bench_cuda import bench_cuda
+from wina_convert.verbs.bench_cuda_products import bench_cuda_products
 
 LAYERS = 2
 PROMPT = [[5, 310, 7, 1999, 45, 45, 3, 800, 12, 64]]
@@ -117,3 +120,20 @@ def test_thresholds_set_after_a_compilation_count(model):
     greedy(model, cache_implementation="static")
     skip(model, 0.8)
     assert torch.equal(greedy(model, cache_implementation="static"), greedy(model))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_decoding_and_products_are_timed_on_the_card(monkeypatch):
+    monkeypatch.setitem(bench_models.RANDOM, "1b", (512, LAYERS, 1376, 8, 2, True))
+    monkeypatch.setattr(bench_models, "VOCABULARY", 2048)
+    device = torch.device("cuda")
+    torch._dynamo.reset()
+    measured = bench_cuda(device, random="1b", sparsities=(0.0, 0.5), prompt_tokens=16, tokens=8, repeats=1)
+    assert measured.interleaved
+    assert [row.sparsity for row in measured.models] == [None, 0.0, 0.5]
+    for row in measured.models:
+        assert 0 < row.step_seconds < row.eager_seconds  # compiled, replayed
+        assert 0 < row.roofline < 1
+    found = bench_cuda_products(device, [(4096, 4096)], sparsities=(0.0, 0.5, 0.9), repeats=9).products
+    assert found[0].seconds > found[3].seconds
+    assert all(0.1 < row.roofline < 1.2 for row in found[:2])

@@ -20,7 +20,7 @@ from .common import (
     version_option,
 )
 from .convert import command
-from .text import bench_text, by_layer, table
+from .text import bench_text, by_layer, card_text, table
 
 
 @click.group(cls=Group)
@@ -205,6 +205,7 @@ def retarget_command(folder: str, sparsity: float) -> None:
 @click.option("--prompt-tokens", default=512, show_default=True, help="Length of the prompt.")
 @click.option("--tokens", default=32, show_default=True, help="Tokens decoded after it.")
 @click.option("--repeats", type=int, help="Times the prompt, or each product, is run.  [default: 3, or 31]")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's, or OMP_NUM_THREADS]")
 @click.option("--dtype", default="auto", show_default=True, help="auto (as stored), float32, bfloat16 or float16.")
 @quiet_option
@@ -218,6 +219,7 @@ def bench_command(
     prompt_tokens: int,
     tokens: int,
     repeats: int | None,
+    device: str,
     threads: int | None,
     dtype: str,
     quiet: bool,
@@ -230,12 +232,18 @@ def bench_command(
       wina bench ./llama-wina
       wina bench --random 1b
       wina bench --kernels --shapes 4096x14336
+      wina bench --random 8b --device cuda
     """
     import torch
 
+    from ..models.device import choose_device
     from ..verbs.bench import bench_model
+    from ..verbs.bench_cuda import bench_cuda
+    from ..verbs.bench_cuda_products import SHAPES as CUDA_SHAPES
+    from ..verbs.bench_cuda_products import bench_cuda_products
     from ..verbs.bench_products import SHAPES, bench_products
-    from ..verbs.benchmark import SPARSITIES
+    from ..verbs.benchmark import SPARSITIES, Benchmark
+    from ..verbs.card import CardBenchmark
 
     if kernels and (folder or random):
         raise OptionError("--kernels times products of random numbers; give neither DIR nor --random")
@@ -244,17 +252,19 @@ def bench_command(
     quiet_transformers()
     if threads:
         torch.set_num_threads(threads)
-    shared: dict[str, Any] = {"sparsities": sparsities or SPARSITIES, "progress": progress_of(quiet)}
+    chosen = choose_device(device)
+    shared: dict[str, Any] = {"sparsities": sparsities or SPARSITIES, "dtype": dtype, "progress": progress_of(quiet)}
     if kernels:
-        measured = bench_products(shapes or SHAPES, dtype=dtype, repeats=31 if repeats is None else repeats, **shared)
+        shared |= {"repeats": 31 if repeats is None else repeats}
     else:
-        measured = bench_model(
-            folder,
-            random=random,
-            prompt_tokens=prompt_tokens,
-            tokens=tokens,
-            repeats=3 if repeats is None else repeats,
-            dtype=dtype,
-            **shared,
-        )
-    click.echo(json.dumps(dataclasses.asdict(measured), indent=2) if as_json else bench_text(measured))
+        shared |= {"repeats": 3 if repeats is None else repeats, "prompt_tokens": prompt_tokens, "tokens": tokens}
+        shared |= {"random": random}
+    measured: Benchmark | CardBenchmark
+    if chosen.type == "cpu":
+        measured = bench_products(shapes or SHAPES, **shared) if kernels else bench_model(folder, **shared)
+    elif kernels:
+        measured = bench_cuda_products(chosen, shapes or CUDA_SHAPES, **shared)
+    else:
+        measured = bench_cuda(chosen, folder, **shared)
+    text = bench_text(measured) if isinstance(measured, Benchmark) else card_text(measured)
+    click.echo(json.dumps(dataclasses.asdict(measured), indent=2) if as_json else text)

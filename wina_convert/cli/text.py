@@ -7,7 +7,8 @@ from ..errors import printable
 from ..format.names import split_layer
 
 if TYPE_CHECKING:
-    from ..verbs.benchmark import Benchmark
+    from ..verbs.benchmark import Benchmark, ProductSpeed
+    from ..verbs.card import CardBenchmark
 
 
 def report_text(report: dict[str, Any], out: str, seconds: float) -> str:
@@ -84,19 +85,54 @@ def bench_text(measured: "Benchmark") -> str:
             ]
         )
     if measured.products:
-        rows = [["in x out", "sparsity", "ms", "speed", "GB/s", "of bandwidth"]]
-    for product in measured.products:
+        rows = _product_rows(measured.products)
+    return "\n".join([*head, "", table(rows)])
+
+
+def card_text(measured: "CardBenchmark") -> str:
+    """What a benchmark on a GPU found."""
+    head = [
+        f"{measured.model}; {measured.card}; {measured.date}",
+        f"memory is read at {measured.read_bandwidth / 1e9:.0f} GB/s and copied at {measured.copy_bandwidth / 1e9:.0f} GB/s",
+    ]
+    if not measured.interleaved:
+        head.append("memory does not hold the dense and the gated model at once: timed one after the other")
+    rows = [["sparsity", "skipped", "ms/step", "speed", "MB/token", "of roofline"]]
+    rows[0] += ["generate ms", "speed", "not compiled ms", "speed"]
+    for row in measured.models:
+        rows.append(
+            [
+                "dense" if row.sparsity is None else f"{row.sparsity:.0%}",
+                "" if row.achieved is None else f"{row.achieved:.1%}",
+                f"{row.step_seconds * 1e3:.2f}",
+                f"{row.step_ratio:.2f}x",
+                f"{row.bytes_per_token / 1e6:.0f}",
+                f"{row.roofline:.0%}",
+                f"{row.generate_seconds * 1e3:.2f}",
+                f"{row.generate_ratio:.2f}x",
+                f"{row.eager_seconds * 1e3:.2f}",
+                f"{row.eager_ratio:.2f}x",
+            ]
+        )
+    if measured.products:
+        rows = _product_rows(measured.products, microseconds=True)
+    return "\n".join([*head, "", table(rows)])
+
+
+def _product_rows(products: "Sequence[ProductSpeed]", microseconds: bool = False) -> list[list[str]]:
+    rows = [["in x out", "sparsity", "us" if microseconds else "ms", "speed", "GB/s", "of bandwidth"]]
+    for product in products:
         rows.append(
             [
                 f"{product.in_features}x{product.out_features}",
                 "dense" if product.sparsity is None else f"{product.sparsity:.0%}",
-                f"{product.seconds * 1e3:.3f}",
+                f"{product.seconds * 1e6:.1f}" if microseconds else f"{product.seconds * 1e3:.3f}",
                 f"{product.ratio:.2f}x",
                 f"{product.bandwidth / 1e9:.1f}",
                 f"{product.roofline:.0%}",
             ]
         )
-    return "\n".join([*head, "", table(rows)])
+    return rows
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -9,7 +9,7 @@ import os
 from torch import nn
 
 from ..architectures import ARCHITECTURES
-from .linear import Handover, gated_modules
+from .linear import gated_modules
 
 SWITCH = "WINA_GROUPING"  # environment variable; "0" leaves every projection alone
 
@@ -23,11 +23,9 @@ def group(model: nn.Module) -> None:
     family = ARCHITECTURES.get(getattr(getattr(model, "config", None), "model_type", ""))
     if family is None or os.environ.get(SWITCH) == "0":
         return
-    modules, handover = gated_modules(model), Handover()
+    modules = gated_modules(model)
     for names in family.shared:
         layers = {name.removesuffix(end): None for name in modules for end in names if f".{name}".endswith(f".{end}")}
         for layer in layers:
             members = [modules[layer + name] for name in names if layer + name in modules]
             members[0].siblings = tuple(members[1:])
-            for member in members:
-                member.handover = handover

@@ -18,9 +18,9 @@ TOGETHER = ("cuda",)  # devices on which several products of the same x cost les
 
 
 class Handover:
-    """What the first of a group of siblings leaves for the others; one for a whole model, whose groups take turns.
+    """What the first of a group of siblings leaves for the others, which are called next.
 
-    One for each group would be plainer, but a compiled model checks and writes each of them again for every token.
+    One for all models: a compiled model checks for every token whatever its modules refer to, and each of them would refer to it.
 
     Attributes:
         left: the x that the results are of, and for each sibling that has not been called yet itself, its tau and its y.
@@ -28,6 +28,9 @@ class Handover:
 
     def __init__(self) -> None:
         self.left: tuple[Tensor, tuple[tuple[WinaLinear, Tensor | None, Tensor], ...]] | None = None
+
+
+HANDOVER = Handover()
 
 
 class WinaLinear(nn.Module):
@@ -42,8 +45,7 @@ class WinaLinear(nn.Module):
             the weights are offloaded: then each call computes it.
         dense_prefill: compute calls with several tokens a sequence without skipping.
         siblings: projections that are called after this one with the same x; this one computes their products too, where
-            that is faster. `grouping.group` sets them.
-        handover: where it leaves their results, and where they look.
+            that is faster, and leaves the results in `HANDOVER`. `grouping.group` sets them.
     """
 
     # Tensor parallelism of transformers hands a module local shards only where it asks for them.
@@ -64,7 +66,6 @@ class WinaLinear(nn.Module):
         self.sparsity = 0.0
         self.dense_prefill = False
         self.siblings: tuple[WinaLinear, ...] = ()
-        self.handover: Handover | None = None
 
         def frozen(*shape: int, dtype: torch.dtype | None) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
@@ -114,43 +115,44 @@ class WinaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the model's dtype."""
-        handover = self.handover
-        if handover is not None and handover.left is not None:
-            of, ((module, tau, y), *others) = handover.left
+        if HANDOVER.left is not None:
+            of, ((module, tau, y), *others) = HANDOVER.left
             # Another thread may have left it, or the threshold may have changed: then it is another product.
             mine = module is self and of is x and tau is self.tau
-            handover.left = (of, tuple(others)) if mine and others else None
+            HANDOVER.left = (of, tuple(others)) if mine and others else None
             if mine:
                 return y
         weight_t = self.weight_t
         operand = x if x.dtype == weight_t.dtype else x.to(weight_t.dtype)  # under autocast
-        if handover is None or not (self.siblings and self._together(x)):
+        if not (self.siblings and self._together(x, weight_t)):
             return gated_linear(operand, weight_t, self._tau(x), self.bias)
         group = (self, *self.siblings)
         weights_t, biases = [module.weight_t for module in group], [module.bias for module in group]
         own, *ys = gated_linears(operand, weights_t, [module._tau(x) for module in group], biases)
-        handover.left = (x, tuple([(module, module.tau, y) for module, y in zip(self.siblings, ys, strict=True)]))
+        HANDOVER.left = (x, tuple([(module, module.tau, y) for module, y in zip(self.siblings, ys, strict=True)]))
         return own
 
     def _tau(self, x: Tensor) -> Tensor:
         """The cutoffs [in] for this call, float32."""
-        tau = self.tau if self.tau is not None else self._cutoffs()
+        tau = self.tau
+        if tau is None:
+            tau = self._cutoffs()
         if self.dense_prefill and x.dim() > 1 and x.shape[-2] > 1:
             return torch.full_like(tau, -1.0)  # no magnitude is below
         return tau
 
-    def _together(self, x: Tensor) -> bool:
+    def _together(self, x: Tensor, weight_t: Tensor) -> bool:
         """Whether the siblings' products can be computed now: with this x, weights that are here, and without gradient."""
-        return (
-            x.device.type in TOGETHER
-            and not (x.requires_grad and torch.is_grad_enabled())
-            and all(
-                module.weight_t.device == x.device  # an offloaded one is brought just before its own call
-                and module.weight_t.dtype == self.weight_t.dtype
-                and not module._forward_pre_hooks  # which may give it another x, or another threshold
-                for module in self.siblings
-            )
-        )
+        device, dtype = x.device, weight_t.dtype
+        if device.type not in TOGETHER or (x.requires_grad and torch.is_grad_enabled()):
+            return False
+        for module in self.siblings:
+            other = module.weight_t
+            if other.device != device or other.dtype != dtype:  # an offloaded one is brought just before its own call
+                return False
+            if module._forward_pre_hooks:  # which may give it another x, or another threshold
+                return False
+        return True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before: dict[str, Any] = {name: getattr(self, name) for name in EXACT if getattr(self, name) is not None}

@@ -33,6 +33,25 @@ class _Clock:
     decode: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Ready:
+    """What a benchmark of decoding starts from.
+
+    Attributes:
+        gated: the model, with thresholds for what is asked.
+        described: name, dtype and prompt.
+        asked: the sparsities, each once.
+        prompt: [1, prompt tokens], int64, on the model's device.
+        loads: for the dense model (None) and each sparsity, bytes that a token reads and the fraction of inputs it skips.
+    """
+
+    gated: Any
+    described: str
+    asked: tuple[float, ...]
+    prompt: Tensor
+    loads: dict[float | None, tuple[int, float | None]]
+
+
 def bench_model(
     folder: str | None = None,
     *,
@@ -62,29 +81,10 @@ def bench_model(
         OptionError: an option cannot be used.
         CheckpointError: the folder is not a WINA checkpoint.
     """
-    if (folder is None) == (random is None):
-        raise OptionError(f"give either a checkpoint or a random model ({', '.join(RANDOM)})")
-    for value, name in ((prompt_tokens, "prompt tokens"), (tokens, "tokens"), (repeats, "repeats")):
-        if value < 1:
-            raise OptionError(f"{name} is {value}; give at least 1")
-    asked = [check_sparsity(sparsity) for sparsity in dict.fromkeys(sparsities)]
-    check_dtype(dtype)
-    torch.manual_seed(seed)
-    if folder is not None:
-        name = open_checkpoint(folder).folder.name  # before the load: it says more about what is wrong
-        gated = load(folder, dtype=dtype)
-    else:
-        gated, name = random_model(str(random), "bfloat16" if dtype == "auto" else dtype), f"random {random}"
-    longest = getattr(gated.config, "max_position_embeddings", prompt_tokens + tokens)
-    if prompt_tokens + tokens > longest:
-        raise OptionError(f"{prompt_tokens} prompt tokens and {tokens} more exceed the context of {longest}")
-    prompt = torch.randint(gated.config.vocab_size, (1, prompt_tokens))
-    if random:
-        fit(gated, prompt, asked)
-    loads = {sparsity: _load_per_token(gated, sparsity, prompt, min(tokens, COUNTED)) for sparsity in (None, *asked)}
+    ready = prepare(folder, random, sparsities, prompt_tokens, tokens, repeats, dtype, seed)
+    gated, asked, prompt = ready.gated, ready.asked, ready.prompt
     weights = sum(module.weight_t.nbytes for module in gated_modules(gated).values())
     interleaved = weights < 0.8 * psutil.virtual_memory().available
-    described = f"{name}, {str(gated.dtype).removeprefix('torch.')}, prompt of {prompt_tokens} tokens"
     clocks: dict[float | None, _Clock] = {sparsity: _Clock() for sparsity in (None, *asked)}
     reads: list[float] = []
     with progress("Timing", len(clocks) * (repeats + tokens), "call") as advance:
@@ -114,7 +114,7 @@ def bench_model(
     dense = clocks[None]
     rows = []
     for sparsity, clock in clocks.items():
-        nbytes, achieved = loads[sparsity]
+        nbytes, achieved = ready.loads[sparsity]
         decode = median(clock.decode)
         rows.append(
             Speed(
@@ -129,7 +129,48 @@ def bench_model(
                 roofline=nbytes / bandwidth / decode,
             )
         )
-    return Benchmark(machine(), date.today().isoformat(), described, bandwidth, interleaved, models=tuple(rows))
+    return Benchmark(machine(), date.today().isoformat(), ready.described, bandwidth, interleaved, models=tuple(rows))
+
+
+def prepare(
+    folder: str | None,
+    random: str | None,
+    sparsities: Sequence[float],
+    prompt_tokens: int,
+    tokens: int,
+    repeats: int,
+    dtype: str,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> Ready:
+    """Check the options and make model and prompt on a device; the arguments are those of `bench_model`.
+
+    Raises:
+        OptionError: an option cannot be used.
+        CheckpointError: the folder is not a WINA checkpoint.
+    """
+    if (folder is None) == (random is None):
+        raise OptionError(f"give either a checkpoint or a random model ({', '.join(RANDOM)})")
+    for value, name in ((prompt_tokens, "prompt tokens"), (tokens, "tokens"), (repeats, "repeats")):
+        if value < 1:
+            raise OptionError(f"{name} is {value}; give at least 1")
+    asked = tuple([check_sparsity(sparsity) for sparsity in dict.fromkeys(sparsities)])
+    check_dtype(dtype)
+    torch.manual_seed(seed)
+    if folder is not None:
+        name = open_checkpoint(folder).folder.name  # before the load: it says more about what is wrong
+        gated = load(folder, dtype=dtype).to(device)
+    else:
+        gated, name = random_model(str(random), "bfloat16" if dtype == "auto" else dtype, device), f"random {random}"
+    longest = getattr(gated.config, "max_position_embeddings", prompt_tokens + tokens)
+    if prompt_tokens + tokens > longest:
+        raise OptionError(f"{prompt_tokens} prompt tokens and {tokens} more exceed the context of {longest}")
+    prompt = torch.randint(gated.config.vocab_size, (1, prompt_tokens)).to(device)
+    if random:
+        fit(gated, prompt, asked)
+    loads = {sparsity: _load_per_token(gated, sparsity, prompt, min(tokens, COUNTED)) for sparsity in (None, *asked)}
+    described = f"{name}, {str(gated.dtype).removeprefix('torch.')}, prompt of {prompt_tokens} tokens"
+    return Ready(gated, described, asked, prompt, loads)
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ from ..errors import OptionError
 from ..fitting.schemes import column_norms
 from ..format.config import WinaConfig
 from ..runtime import attention
+from ..runtime.grouping import group
 from ..runtime.install import install
 from ..runtime.linear import DenseLinear, WinaLinear, gated_modules, observing
 from ..runtime.rule import scores
@@ -24,8 +25,8 @@ RANDOM = {
 VOCABULARY = 128256
 
 
-def random_model(size: str, dtype: str) -> Any:
-    """A gated Llama with random weights and no thresholds yet."""
+def random_model(size: str, dtype: str, device: torch.device | str = "cpu") -> Any:
+    """A gated Llama with random weights and no thresholds yet, made where it is to run."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -43,11 +44,11 @@ def random_model(size: str, dtype: str) -> Any:
         max_position_embeddings=8192,
         dtype=dtype,
     )
-    with no_init_weights():
+    with no_init_weights(), torch.device(device):
         model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype)).eval()
     model.tie_weights()
     # Billions of random numbers would take minutes: the same ones over and over, with a period that fits no matrix.
-    numbers = 0.02 * torch.randn((1 << 20) + 7)
+    numbers = (0.02 * torch.randn((1 << 20) + 7)).to(device)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             flat = parameter.data.view(-1)
@@ -61,17 +62,18 @@ def random_model(size: str, dtype: str) -> Any:
         gate.weight_t.data = plain.pop(name).t().contiguous()
         gate.column_norms.data = column_norms(gate.weight_t)
         gate.thresholds.data.zero_()
+    group(model)
     attention.use(model)
     return model
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: a compiled model has to tell its tensors from others
 def fit(model: Any, prompt: Tensor, sparsities: Sequence[float]) -> None:
     """Thresholds from the quantiles of the scores at the end of the prompt, each layer behind the gated ones before it."""
     for sparsity in sorted(sparsities):
 
         def see(name: str, module: WinaLinear, x: Tensor, sparsity: float = sparsity) -> None:
-            grid = torch.tensor(module.grid)
+            grid = torch.tensor(module.grid, device=x.device)
             below = grid < max(point for point in module.grid if point <= sparsity)
             sample = scores(x[:, -32:], module.column_norms).flatten()
             module.thresholds.data = torch.where(below, module.thresholds, sample.quantile(grid))

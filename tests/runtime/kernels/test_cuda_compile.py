@@ -72,6 +72,21 @@ def test_machine_code_for_one_row_keeps_everything_in_registers(arch):
         assert static <= cuda.STATIC
 
 
+@pytest.mark.parametrize(("arch", "waits"), [(80, False), (89, False), (90, True), (120, True)])
+def test_where_launches_overlap_nothing_is_read_before_the_wait(arch, waits):
+    if arch not in nvrtc.architectures():
+        pytest.skip(f"NVRTC {nvrtc.version()} does not compile for {arch}")
+    for variant in VARIANTS:
+        code = nvrtc.compile_source(SOURCE, options(f"compute_{arch}", variant))[0].decode()
+        body = code[code.index(".entry gated(") :]
+        before, wait, after = body.partition("griddepcontrol.wait")
+        assert bool(wait) == waits
+        if waits:
+            assert not re.search(r"\b(?:ld|st|atom)\.global", before)
+            assert "griddepcontrol.launch_dependents" in after
+            assert not re.search(r"ld\.global\.nc\.(?!L1::no_allocate)", body)  # x may be stale in the first cache
+
+
 def test_the_kernel_and_the_host_agree_on_the_size_of_its_arguments():
     size = int(re.search(r"\.param .align 8 \.b8 gated_param_0\[(\d+)\]", compiled(VARIANTS[0])[0])[1])
     assert len(cuda._pack(*[0] * (6 * cuda.MATRICES + 7))) == size

@@ -50,13 +50,13 @@ def launches(monkeypatch):
     seen = []
     kernels = {}
 
-    def launch(function, grid, threads, shared, stream, arguments):
+    def launch(function, grid, threads, shared, stream, early, arguments):
         (code, rows, lanes, aligned) = next(key for key, handle in kernels.items() if handle == function)
         dtype = DTYPES[code]
         *fields, x, partial, counters, matrices, n_in, splits, tiles = struct.unpack(
             "QQQQii" * 3 + "QQQiiii", arguments
         )
-        seen.append({"rows": rows, "aligned": aligned})
+        seen.append({"rows": rows, "aligned": aligned, "early": early})
         assert grid == (tiles, splits)
         assert threads == 512
         assert bool(partial) == bool(counters) == (splits > 1)
@@ -106,6 +106,15 @@ def test_a_launch_is_given_what_the_product_needs(n_in, n_out, rows, dtype, laun
     assert torch.equal(cuda.gated_linear(*arguments[:3], None), reference.gated_linear(*arguments[:3], None))
     assert [launch["rows"] for launch in launches] == [rows, rows]
     assert launches[0]["aligned"] == (n_in % 8 == 0 and n_out * dtype.itemsize % 16 == 0)
+
+
+@pytest.mark.parametrize(("major", "minor", "early"), [(8, 0, False), (8, 9, False), (9, 0, True), (12, 0, True)])
+def test_a_launch_overlaps_the_kernel_before_where_the_card_can(major, minor, early, launches, monkeypatch):
+    monkeypatch.setattr(Properties, "major", major)
+    monkeypatch.setattr(Properties, "minor", minor)
+    monkeypatch.setattr(cuda, "_cards", {})
+    cuda.gated_linear(*problem(1, 64, 32, torch.bfloat16))
+    assert [launch["early"] for launch in launches] == [early]
 
 
 def test_several_matrices_share_one_launch(launches):

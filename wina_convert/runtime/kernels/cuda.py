@@ -23,6 +23,7 @@ ROWS = 2  # of a call; from three on the union of their kept inputs is so large 
 MATRICES = 3  # of a launch
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 OLDEST = 80  # compute capability: bfloat16, and loads that pass the caches by
+EARLY = 90  # compute capability from which a kernel may start before the one before it has ended
 
 # As in gated.cu.
 WARPS = 16
@@ -256,12 +257,18 @@ def _run(
     """`products` on the current device; None if the kernel turns out not to do."""
     if not x.is_contiguous():
         x = x.contiguous()
-    n_in, outs = x.shape[-1], [weight_t.shape[1] for weight_t in weights_t]
-    x_at = x.data_ptr()
-    weights_at, taus_at = [weight_t.data_ptr() for weight_t in weights_t], [tau.data_ptr() for tau in taus]
+    n_in, leading, x_at = x.shape[-1], x.shape[:-1], x.data_ptr()
+    ys: list[Tensor] = []
+    fields: list[int] = []
     bits = x_at
-    for weight_at, tau_at, out in zip(weights_at, taus_at, outs, strict=True):
-        bits |= weight_at | tau_at | out * x.element_size()
+    for weight_t, tau, bias, first in zip(weights_t, taus, biases, division.first, strict=True):
+        out = weight_t.shape[1]
+        y = x.new_empty((*leading, out))
+        weight_at, tau_at = weight_t.data_ptr(), tau.data_ptr()
+        bits |= weight_at | tau_at | out * x.itemsize
+        fields += (weight_at, tau_at, 0 if bias is None else bias.data_ptr(), y.data_ptr(), out, first)
+        ys.append(y)
+    fields += _NO_MATRIX * (MATRICES - len(ys))
     aligned = n_in % CHUNK == 0 and bits % 16 == 0
     stream = torch._C._cuda_getCurrentRawStream(card.index)
     driver.bind(card.index)
@@ -273,16 +280,11 @@ def _run(
         return None
     # From torch and given back on return: what uses it next runs behind this launch in the same stream, or graph.
     partial = x.new_empty(division.partial, dtype=torch.float32) if division.partial else None
-    ys = [x.new_empty((*x.shape[:-1], out)) for out in outs]
-    fields: list[int] = []
-    for weight_at, tau_at, bias, y, out, first in zip(
-        weights_at, taus_at, biases, ys, outs, division.first, strict=True
-    ):
-        fields += (weight_at, tau_at, 0 if bias is None else bias.data_ptr(), y.data_ptr(), out, first)
-    fields += _NO_MATRIX * (MATRICES - len(ys))
     memory = x_at, 0 if partial is None else partial.data_ptr(), counters
     arguments = _pack(*fields, *memory, len(ys), n_in, division.splits, division.tiles)
-    driver.launch(kernel, (division.tiles, division.splits), 32 * WARPS, division.shared, stream, arguments)
+    driver.launch(
+        kernel, (division.tiles, division.splits), 32 * WARPS, division.shared, stream, card.arch >= EARLY, arguments
+    )
     return ys
 
 

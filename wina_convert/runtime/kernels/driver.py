@@ -4,13 +4,33 @@ import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 
 MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 MAX_SHARED_BYTES = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _local = threading.local()
+
+
+class _Attribute(ctypes.Structure):  # CUlaunchAttribute
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Launch(ctypes.Structure):  # CUlaunchConfig
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+_Pointers = ctypes.c_char_p * 1
+_EARLY_AT = ctypes.pointer(_Attribute(PROGRAMMATIC_SERIALIZATION, 0, (1,)))
 
 
 class DriverError(RuntimeError):
@@ -70,7 +90,9 @@ def capture_of(stream: int) -> int:
     return number.value
 
 
-def launch(function: int, grid: tuple[int, int], threads: int, shared: int, stream: int, arguments: bytes) -> None:
+def launch(
+    function: int, grid: tuple[int, int], threads: int, shared: int, stream: int, early: bool, arguments: bytes
+) -> None:
     """Launch a kernel of one argument.
 
     Args:
@@ -79,15 +101,23 @@ def launch(function: int, grid: tuple[int, int], threads: int, shared: int, stre
         threads: of a block.
         shared: bytes of dynamic shared memory.
         stream: handle.
+        early: it may start while the kernel before it in the stream still runs, for which it waits itself; needs compute
+            capability 9.0.
         arguments: the bytes of the kernel's one argument, a struct.
 
     Raises:
         DriverError: also for what an earlier kernel did wrong.
     """
-    pointers = (ctypes.c_char_p * 1)(arguments)
-    status = _launch()(function, *grid, 1, threads, 1, 1, shared, stream, pointers, None)
+    config = _config(grid, threads, shared, stream, early)
+    status = _launch()(ctypes.byref(config), function, _Pointers(arguments), None)
     if status:
-        raise DriverError(_reason("cuLaunchKernel", status))
+        raise DriverError(_reason("cuLaunchKernelEx", status))
+
+
+@lru_cache(maxsize=1024)
+def _config(grid: tuple[int, int], threads: int, shared: int, stream: int, early: bool) -> _Launch:
+    """Kept, because a model launches the same few over and over, and never changed."""
+    return _Launch((*grid, 1), (threads, 1, 1), shared, stream, _EARLY_AT, early)
 
 
 def shared_memory(index: int) -> int:
@@ -131,8 +161,8 @@ def _library() -> ctypes.CDLL:
 
 @cache
 def _launch() -> "ctypes._NamedFuncPointer":
-    function = _library().cuLaunchKernel
-    function.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    function = _library().cuLaunchKernelEx
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     return function
 
 

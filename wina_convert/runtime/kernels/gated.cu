@@ -8,6 +8,8 @@
 //   1. lists the kept inputs of its share in shared memory, ascending;
 //   2. multiplies: each warp takes entries of the list in turn, LANES lanes to a row of weight_t, and sums in float32;
 //   3. adds the lanes, then the warps, then, in the last block of a tile to arrive, the splits.
+// From compute capability 9.0 on its blocks may be on their multiprocessors before the kernel before it has ended. They wait
+// there, and what they read afterwards comes from the second cache: the first may hold what that memory was before.
 // Every sum has a fixed order. The counter of arrivals decides which block adds the splits, never in which order.
 //
 // No headers, so that NVRTC needs no toolkit. Macros: TYPE of x, weight_t, bias and y (0 bfloat16, 1 float16, 2 float32),
@@ -90,13 +92,13 @@ __device__ __forceinline__ void widen(const uint4& packed, float* wide) {
 // Eight neighbours in float32; only the first `valid` are read where that can be fewer.
 __device__ __forceinline__ void eight(const T* from, int valid, float* wide) {
 #if ALIGNED
-  widen(__ldg((const uint4*)from), wide);
+  widen(__ldcg((const uint4*)from), wide);
 #if TYPE == 2
-  widen(__ldg((const uint4*)from + 1), wide + 4);
+  widen(__ldcg((const uint4*)from + 1), wide + 4);
 #endif
 #else
 #pragma unroll
-  for (int i = 0; i < 8; ++i) wide[i] = i < valid ? widen(__ldg(from + i)) : 0.f;
+  for (int i = 0; i < 8; ++i) wide[i] = i < valid ? widen(__ldcg(from + i)) : 0.f;
 #endif
 }
 
@@ -104,12 +106,12 @@ __device__ __forceinline__ void eight_limits(const float* from, int valid, float
 #if ALIGNED
 #pragma unroll
   for (int i = 0; i < 8; i += 4) {
-    const float4 four = __ldg((const float4*)(from + i));
+    const float4 four = __ldcg((const float4*)(from + i));
     limit[i] = four.x, limit[i + 1] = four.y, limit[i + 2] = four.z, limit[i + 3] = four.w;
   }
 #else
 #pragma unroll
-  for (int i = 0; i < 8; ++i) limit[i] = i < valid ? __ldg(from + i) : 0.f;
+  for (int i = 0; i < 8; ++i) limit[i] = i < valid ? __ldcg(from + i) : 0.f;
 #endif
 }
 
@@ -126,9 +128,9 @@ __device__ __forceinline__ uint4 stream(const T* from, int valid, unsigned long 
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
 #if TYPE == 2
-    word[i] = i < valid ? __float_as_uint(__ldg(from + i)) : 0u;
+    word[i] = i < valid ? __float_as_uint(__ldcg(from + i)) : 0u;
 #else
-    const unsigned low = 2 * i < valid ? __ldg(from + 2 * i) : 0u, high = 2 * i + 1 < valid ? __ldg(from + 2 * i + 1) : 0u;
+    const unsigned low = 2 * i < valid ? __ldcg(from + 2 * i) : 0u, high = 2 * i + 1 < valid ? __ldcg(from + 2 * i + 1) : 0u;
     word[i] = low | high << 16;
 #endif
   }
@@ -303,6 +305,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) gated(const __grid_cons
   const Matrix m = a.matrix[which];
   const int left = (tile - m.first) * TILE, column = left + threadIdx.x % LANES * WIDTH;
 
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");               // for the kernel before and all that it wrote
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");  // once all blocks are here the next kernel may come
+#endif
   const int listed = list(a, m.tau, k, mine, entries, values);
   float sum[ROWS][WIDTH] = {};
   multiply(m.weight_t + column, m.n_out, m.n_out - column, entries, values, listed, sum);
@@ -320,6 +326,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) gated(const __grid_cons
     for (int s = 0; s < SHARE; ++s) {
       const int c = s * THREADS + threadIdx.x, out = left + c;
       if (c < TILE && out < m.n_out)
-        m.y[(size_t)r * m.n_out + out] = narrow(m.bias ? total[r][s] + widen(m.bias[out]) : total[r][s]);
+        m.y[(size_t)r * m.n_out + out] = narrow(m.bias ? total[r][s] + widen(__ldcg(m.bias + out)) : total[r][s]);
     }
 }
