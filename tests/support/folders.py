@@ -31,3 +31,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def entries(folder: Path) -> dict[str, dict[str, Any]]:
     """What a manifest records of each file."""
     return json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
+
+
+def weight_key(folder: Path, module: str) -> str:
+    (key,) = [k for k in tensors_of(folder) if k.endswith(".weight_t") and f".{module}".endswith(f".{k[:-9]}")]
+    return key
