@@ -78,6 +78,7 @@ def test_in_half_precision_a_turned_model_rounds_once(tmp_path: Path):
     assert ((expected - found).abs().max() / expected.abs().max()) < 0.02
 
 
+@pytest.mark.slow
 def test_the_basis_keeps_more_of_the_model_at_the_same_sparsity(tiny: Path, tmp_path: Path):
     rises = {}
     for basis in ("none", "pca", "fitted"):
@@ -124,6 +125,7 @@ def test_a_turned_model_that_differs_stops_the_conversion_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
+@pytest.mark.slow
 def test_a_resumed_conversion_has_the_same_basis_without_finding_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

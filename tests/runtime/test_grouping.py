@@ -15,6 +15,8 @@ from wina_convert.runtime import linear
 from wina_convert.runtime.grouping import SWITCH, group
 from wina_convert.runtime.linear import gated_modules
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _together_on_a_cpu_too(monkeypatch):

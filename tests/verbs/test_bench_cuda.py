@@ -18,6 +18,8 @@ from wina_convert.verbs.bench_cuda_products import bench_cuda_products
 from wina_convert.verbs.benchmark import ProductSpeed
 from wina_convert.verbs.card import CardBenchmark, CardSpeed
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SHORT: dict[str, Any] = {"prompt_tokens": 16, "tokens": 4, "repeats": 2}
 

@@ -10,6 +10,8 @@ import pytest
 
 from wina_convert.runtime.kernels import cuda, nvrtc
 
+pytestmark = pytest.mark.slow
+
 SOURCE = Path(cuda.__file__).with_name("gated.cu").read_text()
 VARIANTS = list(product(cuda.TYPES.values(), range(1, cuda.ROWS + 1), cuda.LANES, [True, False]))
 
