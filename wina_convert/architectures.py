@@ -88,6 +88,14 @@ POST_NORM = "its norms act with a gain for every feature on what a block adds to
 QUERY, KEY, VALUE, OUT, GATE, UP, DOWN = 0.59, 0.45, 0.345, 0.54, 0.455, 0.49, 0.55
 QKV, GATE_UP = (QUERY + KEY + VALUE) / 3, (GATE + UP) / 2
 
+PRE_NORM = Residual(
+    readers=(
+        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    ),
+    writers=("self_attn.o_proj", "mlp.down_proj"),
+)
+
 # The authors' code knows k_proj and gate_proj, and on Phi qkv_proj and gate_up_proj. By the same rule GPT-2 and GPT-NeoX have
 # their fused matrix of queries, keys and values, and the matrix before the activation function, which is where the gate stands.
 SEPARATE = Architecture(
@@ -104,27 +112,11 @@ SEPARATE = Architecture(
         "mlp.up_proj": UP,
         "mlp.down_proj": DOWN,
     },
-    residual=Residual(
-        readers=(
-            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-            ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-        ),
-        writers=("self_attn.o_proj", "mlp.down_proj"),
-    ),
+    residual=PRE_NORM,
     values=Values("self_attn.v_proj", "self_attn.o_proj"),
     shared=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")),
 )
-GEMMA = replace(
-    SEPARATE,
-    residual=Residual(
-        readers=(
-            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-            ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-        ),
-        writers=("self_attn.o_proj", "mlp.down_proj"),
-        offset=1.0,
-    ),
-)
+GEMMA = replace(SEPARATE, residual=replace(PRE_NORM, offset=1.0))
 POST_NORMED = replace(SEPARATE, residual=POST_NORM)
 FUSED = Architecture(
     layers="model.layers",

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import wina_convert
+from support.bases import random_basis, turn_of
 from support.breaking import failing
 from support.commands import SMALL, refused, run, run_wina, succeeded
 from support.families import make_model
@@ -16,6 +17,7 @@ from support.folders import config_of, files_of, tensors_of
 from support.interrupting import interrupt_in_layer
 from support.reference import assert_dense_at_0
 from wina_convert.conversion import pipeline, turn_proof
+from wina_convert.conversion.turn import carried_basis
 from wina_convert.verbs.verify import verify_folder
 
 FAST: dict[str, Any] = {"samples": 8, "seq_len": 32}
@@ -106,6 +108,13 @@ def test_auto_is_fitted_on_a_small_model_and_a_dry_run_says_so_before_a_weight_i
 def succeeded_text(result: Any) -> str:
     succeeded(result)
     return str(result.stdout)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_disk_of_a_snapshot_is_counted_with_its_basis(family: str, tmp_path: Path):
+    turn = turn_of(make_model(family, tmp_path / "dense"))
+    basis = carried_basis(random_basis(turn))
+    assert sum(tensor.nbytes for tensor in basis.values()) == turn.basis_bytes > 0
 
 
 def test_a_basis_that_is_none_of_them_is_refused(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""The fit: an orthogonal basis, sparser than the principal axes, the same every time, within its budget."""
+"""The fit: an orthogonal basis, sparser than the principal axes, the same every time, within its effort."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +15,10 @@ from wina_convert.fitting.fit_basis import (
     FEWEST_STEPS,
     OPERATIONS,
     STEPS,
-    Budget,
-    budget_of,
+    Effort,
     cayley,
     dropped_energy,
+    effort_of,
     fit_basis,
     principal_axes,
 )
@@ -29,7 +29,7 @@ from wina_convert.models.text import load_tokenizer, sequences
 from wina_convert.progress import silent
 
 GPU = torch.device("cuda")
-SHORT = Budget(steps=60, norms=2, tokens=256, kept=2048, operations=0, nbytes=0, enough=True)
+SHORT = Effort(steps=60, norms=2, tokens=256, kept=2048, operations=0, nbytes=0, enough=True)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def tokens(tiny: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def moments(tiny: Path, tokens: torch.Tensor) -> Moments:
-    return gather(replace(turn_of(tiny, "fitted"), budget=SHORT), torch.float32, tokens, 1, CPU, 0, silent)
+    return gather(replace(turn_of(tiny, "fitted"), effort=SHORT), torch.float32, tokens, 1, CPU, 0, silent)
 
 
 def loss_of(moments: Moments, q: torch.Tensor) -> float:
@@ -75,8 +75,8 @@ def test_a_planted_basis_in_which_inputs_are_sparse_is_found():
     sparse = torch.randn(8192, 8, generator=generator) ** 3
     planted = random_orthogonal(8, 1)
     site = Site(sparse @ planted.t().float(), (Reader(torch.eye(8), 64),))
-    budget = replace(SHORT, steps=600, norms=1, tokens=2048)
-    found = fit_basis(random_orthogonal(8, 2), [site], budget, 0, silent)
+    effort = replace(SHORT, steps=600, norms=1, tokens=2048)
+    found = fit_basis(random_orthogonal(8, 2), [site], effort, 0, silent)
     match = (planted.t() @ found).abs()
     assert match.amax(0).min() > 0.97
 
@@ -101,20 +101,20 @@ def test_cayleys_map_is_orthogonal_and_starts_at_the_identity():
 @pytest.mark.parametrize("kind", ["pca", "fitted"])
 def test_a_trained_model_keeps_its_function(kind: str, tiny: Path, tokens: torch.Tensor):
     turn = turn_of(tiny, kind)
-    turn = replace(turn, budget=turn.budget and SHORT)
+    turn = replace(turn, effort=turn.effort and SHORT)
     basis = find_basis(turn, torch.float32, tokens, 1, CPU, 0, silent)
     assert basis.kind == kind
     assert check_turned(turn, basis, tokens, CPU, silent) < 5e-6
 
 
-# --- the budget ---
+# --- the effort ---
 
 LLAMA_8B = Geometry(32, 4096, 32, 8, 128)
 LLAMA_8B_READERS = [[(4096, 4096), (1024, 4096), (1024, 4096)], [(14336, 4096), (14336, 4096)]] * 32
 
 
 def test_eight_billion_parameters_are_fitted_on_a_gpu_and_not_on_a_cpu():
-    gpu, cpu = (budget_of(LLAMA_8B, LLAMA_8B_READERS, device) for device in (GPU, CPU))
+    gpu, cpu = (effort_of(LLAMA_8B, LLAMA_8B_READERS, device) for device in (GPU, CPU))
     assert gpu.enough
     assert gpu.steps == STEPS
     assert gpu.nbytes <= 16 << 30
@@ -129,7 +129,7 @@ def test_what_is_too_large_gets_principal_axes_and_a_fit_that_was_asked_for_is_r
 ):
     monkeypatch.setattr(f"wina_convert.fitting.fit_basis.{limits}", {"cpu": 1 << 20})
     assert turn_of(tiny, "auto").kind == "pca"
-    assert turn_of(tiny, "auto").budget is None
+    assert turn_of(tiny, "auto").effort is None
     with pytest.raises(OptionError, match=r"wina-lab-tiny is too large to fit a basis on a cpu.*--basis pca"):
         turn_of(tiny, "fitted")
 
@@ -137,6 +137,6 @@ def test_what_is_too_large_gets_principal_axes_and_a_fit_that_was_asked_for_is_r
 def test_a_small_model_is_fitted_anywhere(tiny: Path):
     turn = turn_of(tiny, "auto")
     assert turn.kind == "fitted"
-    assert turn.budget.steps == STEPS
-    assert turn.budget.nbytes < 100 << 20
+    assert turn.effort.steps == STEPS
+    assert turn.effort.nbytes < 100 << 20
     assert "300 steps" in turn.shown()["fit"]

@@ -122,7 +122,7 @@ def test_the_kept_sample_is_bounded_and_of_the_stream(tmp_path: Path):
         picks = pick_tokens(rows, 32, 64, 0)
         assert sum(map(len, picks)) == 64
         assert all((pick.diff() > 0).all() for pick in picks)
-        object.__setattr__(turn.budget, "kept", 64)
+        object.__setattr__(turn.effort, "kept", 64)
         moments = gather(turn, torch.float32, random_tokens(rows, 32), 1, CPU, 0, silent)
         kept[rows] = [site.inputs.shape for site in moments.sites]
     assert kept[4] == kept[8] == [(64, 48)] * 4
@@ -164,7 +164,7 @@ def test_the_plan_is_made_from_headers_and_names_what_the_family_allows(family: 
         turn = plan_turn(source, kind, CPU)
         stream = turn.reason is None
         assert turn.kind == ("values" if not stream else "fitted" if kind == "auto" else kind)
-        assert (turn.budget is not None) == (turn.kind == "fitted")
+        assert (turn.effort is not None) == (turn.kind == "fitted")
         assert turn.origin is source
         new = set(turn.source.tensors) - set(source.tensors)
         tied = source.config.get("tie_word_embeddings", FAMILIES[family]["tie_word_embeddings"])

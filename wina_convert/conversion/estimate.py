@@ -33,11 +33,13 @@ def shape_report(plan: ConversionPlan, sparsity: float) -> dict[str, Any]:
     }
 
 
-def disk_bytes(source: Source, plan: ConversionPlan, sparsity: float, samples: int, length: int) -> int:
-    """What a conversion needs: the checkpoint, the files beside it, and two snapshots of the hidden states for `resume`."""
+def disk_bytes(
+    source: Source, plan: ConversionPlan, turn: Turn | None, sparsity: float, samples: int, length: int
+) -> int:
+    """What a conversion needs: the checkpoint, the files beside it, and two snapshots for `resume`: hidden states and basis."""
     states = len(levels(sparsity)) * samples * length * plan.hidden_size * plan.dtype.itemsize
     beside = sum((source.path / path).stat().st_size for path in sidecars(source.path))
-    return plan.disk_bytes + beside + 2 * states
+    return plan.disk_bytes + beside + 2 * (states + (turn.basis_bytes if turn else 0))
 
 
 def plan_report(
@@ -62,7 +64,7 @@ def plan_report(
         + scored / SCORE_RATE
         + plan.n_layers * passes * CALL_SECONDS
         + (4 + (2 if turn else 0)) * plan.disk_bytes / DISK_RATE  # read, written, both read again; read for a basis
-        + (turn.budget.operations if turn and turn.budget else 0) / rate
+        + (turn.effort.operations if turn and turn.effort else 0) / rate
     )
     return {
         "source": {"name": source.name, "revision": source.revision},

@@ -15,6 +15,7 @@ from ..models.documents import BUNDLED
 
 # What an option decides: REPORT, the bytes of the checkpoint, and it is recorded; IDENTITY, bytes only; RUN, how it goes.
 REPORT, IDENTITY, RUN = "report", "identity", "run"
+BASES = ("none", "pca", "fitted", "auto")
 
 
 def _option(default: Any, decides: str, text: str, shown: str | None = None, off: tuple[str, str] | None = None) -> Any:
@@ -86,8 +87,9 @@ class ConversionOptions:
         from ..fitting.schemes import SCHEMES
 
         object.__setattr__(self, "sparsity", check_sparsity(self.sparsity))
-        _check_name("scheme", self.scheme, SCHEMES)
-        _check_name("allocation", self.allocation, ALLOCATIONS)
+        check_name("basis", self.basis, BASES)
+        check_name("scheme", self.scheme, SCHEMES)
+        check_name("allocation", self.allocation, ALLOCATIONS)
         object.__setattr__(self, "targets", tuple(self.targets))
         object.__setattr__(self, "ignore", tuple(self.ignore))
         if self.samples < 1 or self.batch_size < 1:
@@ -102,7 +104,12 @@ class ConversionOptions:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
 
 
-def _check_name(option: str, value: object, known: Iterable[str]) -> None:
+def check_name(option: str, value: object, known: Iterable[str]) -> None:
+    """Refuse a value of an option that is none of the known ones.
+
+    Raises:
+        OptionError: it is another.
+    """
     if value not in list(known):  # a value that cannot be hashed is in no table
         raise OptionError(f"{option} is {value!r}; give one of {', '.join(known)}")
 

@@ -70,14 +70,14 @@ def convert(
         model, asked.revision, asked.token, asked.trust_remote_code, asked.dry_run, tqdm_class, progress
     )
     chosen = (asked.targets, asked.ignore, asked.dtype, asked.scheme, asked.allocation)
-    plan = make_plan(source, *chosen)
+    plan = make_plan(source, *chosen)  # as it is: what is wrong with source or options is refused before it is turned
     if turn := plan_turn(source, asked.basis, device):
         plan = make_plan(turn.source, *chosen)
     basis = turn.shown() if turn else {"kind": "none"}
     length = sequence_length(source, asked.seq_len)
     if asked.dry_run:
         return plan_report(source, plan, turn, asked.sparsity, asked.samples, length, device)
-    check_space(Path(out), disk_bytes(source, plan, asked.sparsity, asked.samples, length))
+    check_space(Path(out), disk_bytes(source, plan, turn, asked.sparsity, asked.samples, length))
     # A CPU gains nothing from more sequences at a time, and one by one they give the same bits.
     at_a_time = 1 if device.type == "cpu" else asked.batch_size
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..architectures import Residual
-from ..errors import OptionError, SourceError
+from ..errors import OptionError
 from ..fitting.basis import (
     Basis,
     Fold,
@@ -25,19 +25,20 @@ from ..fitting.basis import (
     plan_folds,
     stored_basis,
 )
-from ..fitting.fit_basis import STEPS, Budget, budget_of, fit_basis, principal_axes
+from ..fitting.fit_basis import STEPS, Effort, effort_of, fit_basis, principal_axes
 from ..fitting.moments import Moments, empty_moments, gather_layer, pick_tokens
 from ..format.shards import TensorSpec, read_rows, read_tensors
 from ..models.source import Source
 from ..models.stream import StreamedModel, build_skeleton
 from ..progress import Progress
 from ..runtime.keys import checkpoint_keys
+from .options import BASES, check_name
 from .staging import Snapshot
+from .weights import check_finite
 
 CARRIED = "basis/"  # before the names of its tensors in a snapshot
 TOKENS = 1 << 16  # of the dense pass, which costs little beside the gated ones: more of them change little
 MOST = 8  # times the sequences that thresholds are fitted on: who asks for few is in a hurry
-KINDS = ("none", "pca", "fitted", "auto")
 SLICE = 1 << 22  # bytes read at a time of a tensor that is folded row by row
 
 
@@ -51,7 +52,7 @@ class Turn:
         kind: "pca" or "fitted"; "values" where the family allows the values' basis alone.
         sizes: of the model.
         folds: what becomes of each tensor that changes, by checkpoint key; gains and copies are checkpoint keys too.
-        budget: of the fit; None: nothing is fitted.
+        effort: of the fit; None: nothing is fitted.
         reason: why the residual stream is not turned; None: it is.
     """
 
@@ -60,8 +61,14 @@ class Turn:
     kind: str
     sizes: Geometry
     folds: Mapping[str, Fold]
-    budget: Budget | None
+    effort: Effort | None
     reason: str | None
+
+    @property
+    def basis_bytes(self) -> int:
+        """Bytes of the basis, which each snapshot of an unfinished conversion holds."""
+        values = 2 * self.sizes.layers * self.sizes.kv_heads * self.sizes.head_dim**2
+        return torch.float64.itemsize * (values + (self.sizes.hidden**2 if self.reason is None else 0))
 
     def shown(self) -> dict[str, str]:
         """What a plan, a report and config.json say of it."""
@@ -70,7 +77,7 @@ class Turn:
             "stream": f"as it was: {self.reason}" if self.reason else "turned",
             "values": "balanced",
         }
-        return said | ({"fit": self.budget.shown()} if self.budget else {})
+        return said | ({"fit": self.effort.shown()} if self.effort else {})
 
 
 @dataclass(frozen=True)
@@ -133,8 +140,7 @@ def plan_turn(source: Source, kind: str, device: torch.device) -> Turn | None:
     Raises:
         OptionError: the kind is not known, or is "fitted" and the device allows too little for that.
     """
-    if kind not in KINDS:
-        raise OptionError(f"basis is {kind!r}; give one of {', '.join(KINDS)}")
+    check_name("basis", kind, BASES)
     if kind == "none":
         return None
     model = build_skeleton(source, torch.float32)
@@ -144,14 +150,14 @@ def plan_turn(source: Source, kind: str, device: torch.device) -> Turn | None:
     reason = facts if isinstance(facts, str) else None
     folds = plan_folds(source.architecture, sizes, shapes, _head_missing(source, keys), _transposed(model))
     if reason is not None:
-        kind, budget = "values", None
+        kind, effort = "values", None
     else:
-        budget = budget_of(sizes, _reading_shapes(source, sizes, shapes), device)
+        effort = effort_of(sizes, _reading_shapes(source, sizes, shapes), device)
         if kind == "auto":
-            kind = "fitted" if budget.enough else "pca"
-        elif kind == "fitted" and not budget.enough:
+            kind = "fitted" if effort.enough else "pca"
+        elif kind == "fitted" and not effort.enough:
             raise OptionError(
-                f"{source.name} is too large to fit a basis on a {device.type} ({budget.shown()} would be left of "
+                f"{source.name} is too large to fit a basis on a {device.type} ({effort.shown()} would be left of "
                 f"{STEPS} steps); pass --basis pca, or another --device"
             )
     return Turn(
@@ -160,7 +166,7 @@ def plan_turn(source: Source, kind: str, device: torch.device) -> Turn | None:
         kind=kind,
         sizes=sizes,
         folds=_by_key(folds, keys),
-        budget=budget if kind == "fitted" else None,
+        effort=effort if kind == "fitted" else None,
         reason=reason,
     )
 
@@ -248,8 +254,8 @@ def find_basis(
     residual = None
     if turn.reason is None:
         residual = principal_axes(moments.stream)
-        if turn.budget is not None:
-            residual = fit_basis(residual, moments.sites, turn.budget, seed, progress)
+        if turn.effort is not None:
+            residual = fit_basis(residual, moments.sites, turn.effort, seed, progress)
         residual = residual.cpu()
     return Basis(turn.kind, residual, values.cpu(), inverses.cpu())
 
@@ -278,7 +284,7 @@ def gather(
             yield key, _folded(source, fused.get(key), None, key, dtype, torch.device("cpu"))
 
     stream = StreamedModel(model, source.architecture.layers, keys, source.tensors, read, device)
-    picks = pick_tokens(len(tokens), tokens.shape[1], turn.budget.kept if turn.budget else 0, seed)
+    picks = pick_tokens(len(tokens), tokens.shape[1], turn.effort.kept if turn.effort else 0, seed)
     moments = empty_moments(turn.sizes, device)
     states = stream.embed(tokens.split(batch_size))
     with progress("Looking at the dense model", len(stream.layers) * len(tokens), "sequence") as advance:
@@ -331,19 +337,14 @@ def folded_rows(
     gain = None
     if fold.gain:
         ((_, gain),) = read_tensors(source.path, [source.tensors[fold.gain]])
-        _check_finite(source, source.tensors[fold.gain], gain)
+        check_finite(source, source.tensors[fold.gain], gain)
     whole = fold.turned == "outputs" or fold.values is not None or fold.transposed
     parts = (part for _, part in read_tensors(source.path, [spec])) if whole else read_rows(source.path, spec, SLICE)
     for part in parts:
-        _check_finite(source, spec, part)
+        check_finite(source, spec, part)
         yield fold_tensor(basis or _unturned(), fold, part.to(device), gain, dtype).cpu()
 
 
 def _unturned() -> Basis:
     empty = torch.empty(0, 0, 0, 0, dtype=torch.float64)
     return Basis("none", None, empty, empty)
-
-
-def _check_finite(source: Source, spec: TensorSpec, tensor: Tensor) -> None:
-    if not bool(torch.isfinite(tensor).all()):
-        raise SourceError(f"tensor {spec.name!r} in {source.path / spec.file} holds NaN or infinity")

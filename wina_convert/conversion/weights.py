@@ -121,13 +121,22 @@ def stored_tensors(source: Folder, steps: Sequence[Step], keys: Iterable[str]) -
     """
     made: dict[str, Tensor] = {}
     for key, tensor in source.read(keys):
-        if not finite(tensor):
-            raise SourceError(f"tensor {key!r} in {source.path / source.tensors[key].file} holds NaN or infinity")
+        check_finite(source, source.tensors[key], tensor)
         tensors = {key: tensor}
         for step in steps:
             tensors = {name: result for old, one in tensors.items() for name, result in step.make(old, one).items()}
         made |= tensors
     return made
+
+
+def check_finite(source: Folder, spec: TensorSpec, tensor: Tensor) -> None:
+    """Refuse a tensor of the source that no conversion can use.
+
+    Raises:
+        SourceError: it holds NaN or infinity.
+    """
+    if not finite(tensor):
+        raise SourceError(f"tensor {spec.name!r} in {source.path / spec.file} holds NaN or infinity")
 
 
 def finite(tensor: Tensor) -> bool:

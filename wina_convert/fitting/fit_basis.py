@@ -34,7 +34,7 @@ BYTES = {"cpu": 1 << 28, "cuda": 16 << 30}
 
 
 @dataclass(frozen=True)
-class Budget:
+class Effort:
     """What a fit takes. It follows from the model's shapes and the kind of device alone, so that a fit can be repeated.
 
     Attributes:
@@ -63,7 +63,7 @@ class Budget:
         )
 
 
-def budget_of(sizes: Geometry, readers: Sequence[Sequence[tuple[int, ...]]], device: torch.device) -> Budget:
+def effort_of(sizes: Geometry, readers: Sequence[Sequence[tuple[int, ...]]], device: torch.device) -> Effort:
     """What a fit may take on a device, by its type and, for a GPU, its memory.
 
     Args:
@@ -83,7 +83,7 @@ def budget_of(sizes: Geometry, readers: Sequence[Sequence[tuple[int, ...]]], dev
     steps = max(1, min(STEPS, int(operations / (taken * a_norm + a_map))))
     fixed = 4 * rows * hidden + 40 * hidden**2
     kept = min(KEPT, max(0, nbytes - fixed) // (4 * norms * hidden))
-    return Budget(
+    return Effort(
         steps=steps,
         norms=taken,
         tokens=TOKENS,
@@ -106,7 +106,7 @@ def principal_axes(moments: Tensor) -> Tensor:
     return fix_signs(torch.linalg.eigh(moments).eigenvectors.flip(-1))
 
 
-def fit_basis(start: Tensor, sites: Sequence[Site], budget: Budget, seed: int, progress: Progress) -> Tensor:
+def fit_basis(start: Tensor, sites: Sequence[Site], effort: Effort, seed: int, progress: Progress) -> Tensor:
     """Turn a basis so that what a threshold drops is small.
 
     Adam on a free matrix P, of which Cayley's map of P - P' makes a rotation, from P = 0. A step looks at a few of the norms,
@@ -115,7 +115,7 @@ def fit_basis(start: Tensor, sites: Sequence[Site], budget: Budget, seed: int, p
     Args:
         start: [hidden, hidden], float64, orthogonal.
         sites: what was kept of every norm.
-        budget: how long.
+        effort: how long.
         seed: of the order.
         progress: how to report it.
 
@@ -127,20 +127,20 @@ def fit_basis(start: Tensor, sites: Sequence[Site], budget: Budget, seed: int, p
     optimiser = torch.optim.Adam([free], lr=RATE)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    with progress("Fitting the basis", budget.steps, "step") as advance:
-        for step in range(budget.steps):
-            decay = LAST + (1 - LAST) * 0.5 * (1 + math.cos(math.pi * step / budget.steps))
+    with progress("Fitting the basis", effort.steps, "step") as advance:
+        for step in range(effort.steps):
+            decay = LAST + (1 - LAST) * 0.5 * (1 + math.cos(math.pi * step / effort.steps))
             optimiser.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / WARM_UP) * decay
-            if len(order) < budget.norms:
+            if len(order) < effort.norms:
                 order = torch.randperm(len(sites), generator=generator).tolist()
-            chosen, order = order[: budget.norms], order[budget.norms :]
+            chosen, order = order[: effort.norms], order[effort.norms :]
             level = LEVELS[step % len(LEVELS)]
             turned = origin @ cayley(free)
             leaf = turned.detach().requires_grad_()
             for number in chosen:  # one at a time bounds what a gradient keeps
                 inputs = sites[number].inputs
-                first = int(torch.randint(max(1, len(inputs) - budget.tokens + 1), (1,), generator=generator))
-                part = inputs[first : first + budget.tokens].float()
+                first = int(torch.randint(max(1, len(inputs) - effort.tokens + 1), (1,), generator=generator))
+                part = inputs[first : first + effort.tokens].float()
                 loss = dropped_energy(part, stacks[number], leaf, level) / level**4  # which makes the levels alike
                 loss.backward()
             optimiser.zero_grad()

@@ -115,8 +115,9 @@ class WinaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the model's dtype."""
-        if HANDOVER.left is not None:
-            of, ((module, tau, y), *others) = HANDOVER.left
+        left = HANDOVER.left  # once: another thread may take it away meanwhile
+        if left is not None:
+            of, ((module, tau, y), *others) = left
             # Another thread may have left it, or the threshold may have changed: then it is another product.
             mine = module is self and of is x and tau is self.tau
             HANDOVER.left = (of, tuple(others)) if mine and others else None
