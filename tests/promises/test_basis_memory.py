@@ -1,17 +1,12 @@
-"""Memory to find, check and fold a basis: within that of a conversion, whatever the depth, and no embedding twice.
+"""Memory to find, check and fold a basis: within that of a conversion, whatever the depth, and no embedding twice."""
 
-Measured in a process of its own, where nothing else was ever loaded.
-"""
-
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from support.families import make_model
-from support.memory import HIDDEN, LAYER, LENGTH, MB, SAMPLES, sizes
+from support.memory import HIDDEN, LAYER, LENGTH, MB, SAMPLES, peak_of, sizes
 
 TURN = f"""
 import sys
@@ -28,8 +23,6 @@ check_turned(turn, basis, tokens, cpu, silent)
 for key in turn.source.tensors:
     for _, tensor in read_turned(turn, basis, [key], cpu):
         del tensor  # before the next one is made
-status = open("/proc/self/status").read()  # not getrusage: its peak starts at that of the parent process
-print(status.split("VmHWM:")[1].split()[0])
 """
 
 pytestmark = pytest.mark.skipif(
@@ -39,9 +32,7 @@ pytestmark = pytest.mark.skipif(
 
 def peak_of_turning(source: Path, kind: str) -> int:
     """Find, check and read everything, check the promised bound, and return the peak in bytes."""
-    done = subprocess.run([sys.executable, "-c", TURN, source, kind], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    peak = int(done.stdout) * 1024
+    peak = peak_of(TURN, source, kind)
     layer, embeddings = sizes(source)
     states = SAMPLES * LENGTH * HIDDEN * 4
     print(f"{kind}: layer {layer / MB:.1f} MB, embeddings {embeddings / MB:.1f} MB: peak {peak / MB:.0f} MB")
@@ -55,9 +46,7 @@ def test_depth_does_not_raise_the_peak(tmp_path: Path):
         source = make_model("llama", tmp_path / f"{depth}", torch.bfloat16, num_hidden_layers=depth, **LAYER)
         peaks[depth] = peak_of_turning(source, "pca")
     layer = sizes(source)[0]
-    values = (
-        4 * 8 * 8 * 64 * 64
-    )  # bytes a layer: moments, Gram matrices, bases and inverses of 8 heads of 64, in float64
+    values = 4 * 8 * 8 * 64 * 64  # bytes a layer: moments, Gram matrices, bases, inverses of 8 heads of 64, in float64
     assert peaks[16] - peaks[4] < 2 * layer + 12 * values + 16 * MB  # 12 layers more are 73 MB
 
 

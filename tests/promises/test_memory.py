@@ -1,25 +1,17 @@
-"""The memory a conversion needs: two decoder layers, the embeddings and the hidden states, whatever the depth.
+"""The memory a conversion needs: two decoder layers, the embeddings and the hidden states, whatever the depth."""
 
-Measured in a process of its own, where nothing else was ever loaded. Its peak counts everything resident, the pages of
-mapped files and the libraries included.
-"""
-
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from support.families import make_model
-from support.memory import HIDDEN, LAYER, LENGTH, LEVELS, MB, SAMPLES, sizes
+from support.memory import HIDDEN, LAYER, LENGTH, LEVELS, MB, SAMPLES, peak_of, sizes
 
 CONVERT = f"""
 import sys
 import wina_convert
 options = dict(samples={SAMPLES}, seq_len={LENGTH}, batch_size=16, device="cpu", basis="pca")
 wina_convert.convert(sys.argv[1], sys.argv[2], plot="plot" in sys.argv, **options)
-status = open("/proc/self/status").read()  # not getrusage: its peak starts at that of the parent process
-print(status.split("VmHWM:")[1].split()[0])
 """
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="reads the peak memory of a process from /proc"
@@ -28,9 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 def peak_of_conversion(source: Path, out: Path, *flags: str) -> int:
     """Convert, check the promised bound, and return the peak in bytes."""
-    done = subprocess.run([sys.executable, "-c", CONVERT, source, out, *flags], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    peak = int(done.stdout) * 1024
+    peak = peak_of(CONVERT, source, out, *flags)
     layer, embeddings = sizes(source)
     states = SAMPLES * LENGTH * HIDDEN * 4 * LEVELS
     print(f"layer {layer / MB:.1f} MB, embeddings {embeddings / MB:.1f} MB: peak {peak / MB:.0f} MB")
