@@ -27,6 +27,7 @@ def test_json_is_the_report_and_stdout_holds_nothing_else(source: Path, tmp_path
     assert "Calibrating" in result.stderr
 
 
+@pytest.mark.slow
 def test_the_command_the_verb_and_the_function_make_the_same_files(source: Path, tmp_path: Path):
     succeeded(run(source, "--out", tmp_path / "command", "--targets", "mlp,*.q_proj", "--seed", "3", *SMALL))
     repeated = ("--targets", "mlp", "--targets", "*.q_proj")
@@ -63,6 +64,7 @@ def test_a_summary_says_what_was_asked_and_achieved_and_how_to_go_on(source: Pat
     wina.commands["generate"].make_context("generate", shlex.split(command)[2:])
 
 
+@pytest.mark.slow
 def test_without_a_terminal_progress_is_plain_lines_that_reach_the_total(tiny: Path, tmp_path: Path):
     result = run(tiny, "--out", tmp_path / "out", *SMALL)
     succeeded(result)

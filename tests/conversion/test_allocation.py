@@ -235,6 +235,7 @@ def test_what_stays_dense_is_not_in_the_mean(tmp_path: Path):
     verify_folder(tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("snapshots")
 def test_an_interrupted_conversion_goes_on_to_the_same_bytes(tmp_path: Path):
     source = make_model("llama", tmp_path / "source", num_hidden_layers=3)

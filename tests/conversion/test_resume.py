@@ -196,6 +196,7 @@ def test_resume_after_resume_over_an_old_checkpoint(
     assert files_of(out) == files_of(converted)
 
 
+@pytest.mark.slow
 def test_resume_with_nothing_unfinished_converts(source: Path, converted: Path, tmp_path: Path) -> None:
     succeeded(run(source, "--out", tmp_path / "out", "--resume", *SMALL))
     assert files_of(tmp_path / "out") == files_of(converted)
@@ -216,6 +217,7 @@ def test_the_command_refuses_an_unfinished_conversion_and_resumes_it_when_told(
     assert files_of(folder) == {f"out/{name}": content for name, content in files_of(converted).items()}
 
 
+@pytest.mark.slow
 def test_snapshots_cost_at_most_a_twentieth_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_model("llama", tmp_path / "source", num_hidden_layers=12)
     now, saved = 0.0, []
@@ -239,6 +241,7 @@ def test_snapshots_cost_at_most_a_twentieth_of_the_time(tmp_path: Path, monkeypa
     assert saved == [1, 6, 11, 12]  # and the last, after which the checks can still be interrupted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leaf", ["weight_t", "thresholds"])
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: cut(path, -80)], ids=["lost", "cut off"])
 @pytest.mark.usefixtures("snapshots")

@@ -95,6 +95,7 @@ def test_column_weights_of_another_scheme_do_not_verify(made: tuple[str, Path], 
             verify_folder(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_columns_of_zeros_are_skipped_first_in_every_scheme(scheme: str, tmp_path: Path):
     source, generator = make_model("llama", tmp_path / "source"), torch.Generator().manual_seed(0)

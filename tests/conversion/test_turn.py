@@ -36,6 +36,7 @@ def report_of(folder: Path) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", [name if name == "llama-tied" else pytest.param(name, marks=pytest.mark.slow) for name in BASES]
 )
@@ -55,6 +56,7 @@ def test_at_sparsity_0_the_turned_checkpoint_is_the_source(family: str, basis: s
     verify_folder(tmp_path / "gated")
 
 
+@pytest.mark.slow
 def test_the_weights_of_a_turned_checkpoint_are_others_and_its_norms_have_no_gain(tmp_path: Path):
     dense = make_model("llama-tied", tmp_path / "dense")
     wina_convert.convert(str(dense), tmp_path / "gated", basis="pca", **FAST)
@@ -70,6 +72,7 @@ def test_the_weights_of_a_turned_checkpoint_are_others_and_its_norms_have_no_gai
     assert not torch.allclose(q, torch.eye(len(q), dtype=torch.float64), atol=0.1)
 
 
+@pytest.mark.slow
 def test_in_half_precision_a_turned_model_rounds_once(tmp_path: Path):
     dense = make_model("llama", tmp_path / "dense", torch.bfloat16)
     wina_convert.convert(str(dense), tmp_path / "gated", basis="pca", **FAST)

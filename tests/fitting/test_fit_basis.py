@@ -29,6 +29,8 @@ from wina_convert.models.text import load_tokenizer, sequences
 from wina_convert.progress import silent
 
 GPU = torch.device("cuda")
+
+pytestmark = pytest.mark.slow
 SHORT = Effort(steps=60, norms=2, tokens=256, kept=2048, operations=0, nbytes=0, enough=True)
 
 

@@ -118,6 +118,7 @@ def test_a_damaged_manifest_is_refused(damage: Callable[[str], str], copied: Pat
 # --- the folder against the manifest ---
 
 
+@pytest.mark.slow
 def test_every_change_of_a_byte_is_found(copied: Path):
     seed = random.SystemRandom().randrange(2**32)
     generator = random.Random(seed)

@@ -18,6 +18,8 @@ from wina_convert.verbs.verify import verify_folder
 
 MODEL = "kilobytes"  # see support/shared.py
 
+pytestmark = pytest.mark.slow
+
 
 NAME = "lab/small"
 

@@ -77,6 +77,7 @@ def test_eval_prints_a_table_and_each_projection(wina_tiny: Path, tiny: Path, te
     assert len(re.findall(r"^(25|50)\.0% .* \d+\.\d%$", compared.stdout, re.MULTILINE)) == 2
 
 
+@pytest.mark.slow
 def test_eval_takes_several_texts(wina_tiny: Path, text: Path, tmp_path: Path):
     (tmp_path / "second.txt").write_text(TEXT)
     options = ("--seq-len", 32, "--samples", 10_000, "--batch-size", 64, "--json")

@@ -232,6 +232,7 @@ def test_nothing_is_recorded_where_no_gradient_is_wanted(rows, dtype):
     assert torch.equal(plain, recorded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("leading", [(), (1,), (20,), (2, 3), (0, 4)])
 @pytest.mark.parametrize("bias", [True, False])

@@ -315,6 +315,7 @@ def special(dtype: torch.dtype) -> st.SearchStrategy[float]:
     return st.sampled_from(named) | st.floats(-4, 4, width=16)
 
 
+@pytest.mark.slow
 @given(st.data(), st.sampled_from(DTYPES), st.sampled_from([1, 2, 8, 9, 11]), st.integers(1, 12), st.integers(1, 6))
 @settings(max_examples=200, deadline=None)
 def test_any_mixture_of_numbers_gives_what_float64_gives(data, dtype, rows, n_in, n_out):
