@@ -1,12 +1,12 @@
-"""The supported model families, as data. This is the only file that names them.
+"""What is known of model families, as data. This is the only file that names them.
 
-A family is: where its decoder layers are, which projections of a layer read the hidden state, what a score and an allocation
-need to know of them, and which changes of basis its structure allows. To add one, add a line here and a tiny random model to
-tests/families.py.
+A listed family is: where its decoder layers are, which projections of a layer read the hidden state, what a score and an
+allocation need to know of them, and which changes of basis its structure allows. Of any other type of model the structure is
+discovered; the tables DENSE and PRIOR say what is known of its parts by their names.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
@@ -64,8 +64,10 @@ class Architecture:
             gate in them.
         prior: by projection, the sparsity to ask of it where the whole is asked for 50%; see `QUERY` below.
         residual: how the residual stream is read and written; or why it cannot be turned.
-        values: where the values are.
+        values: where the values are; None: no test has turned them.
         shared: groups of them that read the same input, in the order in which a layer calls them.
+        dense: linear maps of the decoder layers that are not gated, relative to a layer, each with the reason.
+        outputs: the length of the tuple that a decoder layer returns; 0: it returns the hidden states alone.
     """
 
     layers: str
@@ -74,8 +76,10 @@ class Architecture:
     weighted: tuple[str, ...]
     prior: Mapping[str, float]
     residual: Residual | str
-    values: Values
+    values: Values | None
     shared: tuple[tuple[str, ...], ...] = ()
+    dense: Mapping[str, str] = field(default_factory=dict)
+    outputs: int = 0
 
 
 LAYER_NORM = "its LayerNorms subtract the mean over the features"
@@ -87,6 +91,30 @@ POST_NORM = "its norms act with a gain for every feature on what a block adds to
 # does the work of both.
 QUERY, KEY, VALUE, OUT, GATE, UP, DOWN = 0.59, 0.45, 0.345, 0.54, 0.455, 0.49, 0.55
 QKV, GATE_UP = (QUERY + KEY + VALUE) / 3, (GATE + UP) / 2
+
+# by the last part of a name, for the types of models that are not listed; a name that is not here counts as 0.5
+PRIOR = {
+    "q_proj": QUERY,
+    "k_proj": KEY,
+    "v_proj": VALUE,
+    "o_proj": OUT,
+    "qkv_proj": QKV,
+    "query_key_value": QKV,
+    "c_attn": QKV,
+    "Wqkv": QKV,
+    "gate_proj": GATE,
+    "up_proj": UP,
+    "gate_up_proj": GATE_UP,
+    "down_proj": DOWN,
+    "fc1": GATE_UP,
+    "fc2": DOWN,
+}
+
+# Linear maps that are never gated: a pattern of the name within a decoder layer, and why.
+DENSE = {
+    r"(^|\.)(mamba|mixer|ssm)\.": "belongs to a state-space block, whose kernels read the weight past the module",
+    r"(^|\.)(router|gate|shared_expert_gate)$": "chooses experts",
+}
 
 PRE_NORM = Residual(
     readers=(

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
+from ..architectures import Architecture
 from ..errors import OptionError, SourceError
 from ..fitting.budget import ALLOCATIONS, Budget
 from ..fitting.schemes import SCHEMES, Scheme
 from ..format.dtypes import compute_dtype
 from ..format.names import WEIGHT, split_layer
 from ..format.shards import TensorSpec, sentinel
+from ..models.discovery import architecture_of
 from ..models.source import Source
 from ..models.stream import build_skeleton
 from ..models.structure import Projection, find_projections, lookup_bytes
@@ -40,6 +42,7 @@ class ConversionPlan:
         embedding_bytes: everything outside the decoder layers.
         dense_bytes_per_token: bytes of weights the source reads for a token, embedding lookups aside.
         hidden_size: features of the hidden states between the layers.
+        dense: linear maps of the decoder layers that cannot be gated, relative to a layer, each with the reason.
     """
 
     projections: tuple[Projection, ...]
@@ -56,6 +59,7 @@ class ConversionPlan:
     embedding_bytes: int
     dense_bytes_per_token: int
     hidden_size: int
+    dense: Mapping[str, str]
 
     @property
     def sentinel(self) -> str:
@@ -104,14 +108,15 @@ def make_plan(
     model = build_skeleton(source, compute)
     keys = checkpoint_keys(model, source.tensors)
     cast = compute if dtype != "auto" else None
-    projections = find_projections(source, model, keys, cast)
+    family = architecture_of(source, model)
+    projections = find_projections(source, family, model, keys, cast)
     if not projections:
         raise SourceError(f"{source.name} has no decoder layer; check its config.json")
-    chosen = _choose(projections, source, targets, ignore)
+    chosen = _choose(projections, family, targets, ignore)
     steps = steps_of(chosen, SCHEMES[scheme], cast)
     headers = {key: planned_headers(steps, spec) for key, spec in source.tensors.items()}
     empty = sentinel()
-    path = source.architecture.layers
+    path = family.layers
     stored_bytes = {spec.name: spec.numel * (cast or spec.dtype).itemsize for spec in source.tensors.values()}
     layers: dict[int, int] = {}
     for name, key in keys.items():
@@ -123,7 +128,7 @@ def make_plan(
         projections=chosen,
         scheme=SCHEMES[scheme],
         budget=ALLOCATIONS[allocation](
-            {projection.name: projection.weights for projection in chosen}, source.architecture.prior
+            {projection.name: projection.weights for projection in chosen}, family.prior
         ),
         steps=steps,
         tensors=(
@@ -139,20 +144,20 @@ def make_plan(
         embedding_bytes=outside,
         dense_bytes_per_token=sum(layers.values()) + outside - lookup_bytes(model, keys, stored_bytes),
         hidden_size=model.config.get_text_config().hidden_size,
+        dense=family.dense,
     )
 
 
 def _choose(
-    projections: list[Projection], source: Source, targets: Sequence[str], ignore: Sequence[str]
+    projections: list[Projection], family: Architecture, targets: Sequence[str], ignore: Sequence[str]
 ) -> tuple[Projection, ...]:
-    family = source.architecture
     blocks = {"all": (*family.attention, *family.mlp), "attention": family.attention, "mlp": family.mlp}
     patterns = [f"*.{short}" for target in targets for short in blocks.get(target, ())]
     patterns += [target for target in targets if target not in blocks]
     for pattern in (*patterns, *ignore):
         if not any(fnmatch.fnmatchcase(projection.name, pattern) for projection in projections):
             raise OptionError(
-                f"{pattern!r} matches no projection; give {', '.join(PRESETS)} or a pattern like '*.{family.mlp[-1]}', "
+                f"{pattern!r} matches no projection; give {', '.join(PRESETS)} or a pattern like '*.{(family.mlp or family.attention)[-1]}', "
                 f"which is matched against names like {projections[0].name!r}"
             )
 

@@ -135,14 +135,18 @@ def plan_turn(source: Source, kind: str, device: torch.device) -> Turn | None:
         device: what the basis will be found on.
 
     Returns:
-        None for "none".
+        None for "none", and for "auto" where the family is not listed.
 
     Raises:
         OptionError: the kind is not known, or is "fitted" and the device allows too little for that.
     """
     check_name("basis", kind, BASES)
-    if kind == "none":
+    if kind == "none" or (kind == "auto" and not source.listed):
         return None
+    if not source.listed:
+        raise OptionError(
+            f"no test has turned a model of type {source.config['model_type']!r}, as {source.name} is; pass --basis none"
+        )
     model = build_skeleton(source, torch.float32)
     keys = checkpoint_keys(model, source.tensors)
     shapes = {name: source.tensors[key].shape for name, key in keys.items()}
@@ -283,7 +287,7 @@ def gather(
         for key in wanted:
             yield key, _folded(source, fused.get(key), None, key, dtype, torch.device("cpu"))
 
-    stream = StreamedModel(model, source.architecture.layers, keys, source.tensors, read, device)
+    stream = StreamedModel(model, source.architecture, keys, source.tensors, read, device)
     picks = pick_tokens(len(tokens), tokens.shape[1], turn.effort.kept if turn.effort else 0, seed)
     moments = empty_moments(turn.sizes, device)
     states = stream.embed(tokens.split(batch_size))

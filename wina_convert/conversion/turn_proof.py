@@ -119,7 +119,7 @@ class _Side:
             yield from ((key, self.replaced[key]) for key in wanted if key in self.replaced)
             yield from read([key for key in wanted if key not in self.replaced])
 
-        self.stream = StreamedModel(model, source.architecture.layers, keys, source.tensors, read_some, device)
+        self.stream = StreamedModel(model, source.architecture, keys, source.tensors, read_some, device)
         self.states: list[Tensor] = []
 
     def run(self, advance: Advance) -> None:

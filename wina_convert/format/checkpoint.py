@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..architectures import ARCHITECTURES
 from ..errors import CheckpointError, VerificationError, as_checkpoint_error
 from .config import WinaConfig
 from .curve import ascends, threshold_at
@@ -106,10 +105,9 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         if (Path(folder) / SINGLE).exists() and (Path(folder) / INDEX).exists():
             raise CheckpointError(f"{folder} has both {SINGLE} and {INDEX}, and only one can be meant; get it again")
         found = Folder(Path(folder).resolve().name, Path(folder), content, text, read_headers(Path(folder)))
-    if content.get("model_type") not in list(ARCHITECTURES):
+    if not isinstance(content.get("model_type"), str):
         raise CheckpointError(
-            f"{folder}: model_type in config.json is {content.get('model_type')!r}, which this version does not know; "
-            "run `pip install --upgrade wina-convert`"
+            f"{folder}: model_type in config.json is {content.get('model_type')!r}, not a name; get it again"
         )
     checkpoint = Checkpoint(found, config)
     _check_structure(checkpoint)
@@ -119,9 +117,10 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 def _check_structure(checkpoint: Checkpoint) -> None:
     """Refuse headers that do not hold what the config promises, before a tensor is read."""
     config, specs = checkpoint.config, checkpoint.folder.tensors
-    layers = checkpoint.folder.architecture.layers
+    places = {name: split_layer(name) for name in config.modules}
+    layers = next((place[0] for place in places.values() if place), None)
     for name, key in checkpoint.gated_keys().items():
-        place = split_layer(name)
+        place = places[name]
         if place is None or place[0] != layers:
             raise CheckpointError(f"{checkpoint.folder.path}: config.json gates {name!r}, which is in no decoder layer")
         weight_t = specs[f"{key}.{WEIGHT_T}"]

@@ -49,8 +49,13 @@ class Folder:
     tensors: dict[str, TensorSpec]
 
     @property
+    def listed(self) -> bool:
+        """Whether the family is listed; else its structure must be discovered."""
+        return self.config["model_type"] in ARCHITECTURES
+
+    @property
     def architecture(self) -> Architecture:
-        """The family, as data."""
+        """The listed family, as data."""
         return ARCHITECTURES[self.config["model_type"]]
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

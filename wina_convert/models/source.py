@@ -73,14 +73,14 @@ def open_source(
 
 def _open_folder(name: str, folder: Path, revision: str | None, trust_remote_code: bool) -> Source:
     text, config = read_config(folder)
-    _check_config(name, config)
+    _check_config(name, config, trust_remote_code)
     check_folder(folder)
     tensors = read_headers(folder)
     _check_tensors(name, tensors)
     return Source(name, folder, config, text, tensors, revision, trust_remote_code)
 
 
-def _check_config(name: str, config: dict[str, Any]) -> None:
+def _check_config(name: str, config: dict[str, Any], trusted: bool = False) -> None:
     """Refuse what its config.json shows cannot be converted."""
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "wina":
@@ -97,11 +97,21 @@ def _check_config(name: str, config: dict[str, Any]) -> None:
     if classes and not any(entry.endswith(CAUSAL_LM) for entry in classes):
         raise SourceError(f"{name} is not a causal language model ({', '.join(classes)}); give one that generates text")
     experts = next((key for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key)), None)
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES or experts:
-        what = f"a mixture of experts ({model_type})" if experts else f"of family {model_type!r}"
+    if experts:
+        raise SourceError(f"{name} is a mixture of experts ({model_type}), which is not supported; give a dense model")
+    if not isinstance(model_type, str) or not (trusted and "auto_map" in config or _generates_text(model_type)):
         raise SourceError(
-            f"{name} is {what}, which is not supported; supported are: {', '.join(sorted(ARCHITECTURES))}"
+            f"{name} is of type {model_type!r}, of which the installed transformers knows no causal language model; "
+            "upgrade transformers, or pass --trust-remote-code if the model brings its own code"
         )
+
+
+def _generates_text(model_type: str) -> bool:
+    if model_type in ARCHITECTURES:
+        return True
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # slow, and needed here alone
+
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def _check_tensors(name: str, tensors: dict[str, TensorSpec]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ..architectures import Architecture
 from ..errors import SourceError, one_line
 from ..format.checkpoint import Checkpoint
 from ..format.config import WinaConfig
@@ -22,6 +23,7 @@ from ..format.shards import TensorSpec
 from ..format.trust import MAX_LAYERS
 from ..runtime.install import install
 from ..runtime.keys import check_parameters, checkpoint_keys, tied
+from .discovery import architecture_of
 from .source import Source
 
 # Loads the tensors of these checkpoint keys: (key, tensor) pairs on the CPU.
@@ -59,6 +61,7 @@ class StreamedModel:
         model: the skeleton; on the meta device but for what is being run.
         layers: its decoder layers.
         keys: checkpoint key of each parameter.
+        outputs: the length of the tuple that a decoder layer returns; 0: it returns the hidden states alone.
 
     Raises:
         SourceError: a parameter has no tensor of its shape in the checkpoint.
@@ -67,19 +70,19 @@ class StreamedModel:
     def __init__(
         self,
         model: PreTrainedModel,
-        layers: str,
+        family: Architecture,
         keys: Mapping[str, str],
         specs: Mapping[str, TensorSpec],
         read: Reader,
         device: torch.device,
     ) -> None:
         self.model, self.read, self.device = model, read, device
-        self.layers: list[nn.Module] = list(model.get_submodule(layers).children())
-        self.prefix = layers
+        self.layers: list[nn.Module] = list(model.get_submodule(family.layers).children())
+        self.prefix, self.outputs = family.layers, family.outputs
         self.keys = dict(keys)
         self.aliases = tied(model, keys)
         check_parameters(model, keys, specs)
-        self._outer = [name for name in self.keys if not name.startswith(f"{layers}.")]
+        self._outer = [name for name in self.keys if not name.startswith(f"{self.prefix}.")]
         # What each layer gets besides the hidden states, by the number of rows in a batch.
         self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._captured: list[Tensor] = []
@@ -116,7 +119,7 @@ class StreamedModel:
         def run(hidden: Tensor) -> Tensor:
             args, kwargs = self._arguments[hidden.shape[0]][index]
             output = module(hidden, *args, **kwargs)
-            result: Tensor = output[0] if isinstance(output, tuple) else output
+            result: Tensor = output[0] if isinstance(output, (tuple, list)) else output
             return result
 
         with self._loaded(self._layer_names(index), tensors):
@@ -175,16 +178,19 @@ class StreamedModel:
     def _stubs(self) -> Iterator[None]:
         """Replace every decoder layer by a pass-through that records what it was given."""
 
-        def stub(index: int) -> Callable[..., Tensor]:
-            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def returned(hidden: Tensor) -> Any:
+            return (hidden, *[None] * (self.outputs - 1)) if self.outputs else hidden
+
+        def stub(index: int) -> Callable[..., Any]:
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
                 if self._inject is not None:
-                    return self._inject
+                    return returned(self._inject)
                 if index == 0:
                     self._captured.append(hidden_states)
                 recorded = self._arguments.setdefault(hidden_states.shape[0], [])
                 if len(recorded) == index:
                     recorded.append((args, kwargs))
-                return hidden_states
+                return returned(hidden_states)
 
             return forward
 
@@ -207,9 +213,10 @@ def gated_stream(
 ) -> StreamedModel:
     """The model of a source's config with gated projections installed, to be fed from a checkpoint's tensors."""
     model = build_skeleton(folder, dtype)
+    family = architecture_of(folder, model)
     install(model, config)
     specs = {spec.name: spec for spec in tensors}
-    return StreamedModel(model, folder.architecture.layers, checkpoint_keys(model, specs), specs, read, device)
+    return StreamedModel(model, family, checkpoint_keys(model, specs), specs, read, device)
 
 
 def dense_stream(source: Folder, dtype: torch.dtype, device: torch.device) -> StreamedModel:
@@ -217,7 +224,7 @@ def dense_stream(source: Folder, dtype: torch.dtype, device: torch.device) -> St
     model = build_skeleton(source, dtype)
     return StreamedModel(
         model,
-        source.architecture.layers,
+        architecture_of(source, model),
         checkpoint_keys(model, source.tensors),
         source.tensors,
         source.read,

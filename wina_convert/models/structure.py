@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..architectures import ARCHITECTURES, Architecture
 from ..errors import SourceError
 from ..format.folder import Folder
 from ..format.names import WEIGHT
@@ -52,13 +53,36 @@ class Projection:
         return bytes_read(self.nbytes, self.in_features, sparsity)
 
 
+def decoder_layers(model: PreTrainedModel) -> str:
+    """Dotted path of a causal LM's decoder layers: the list with as many modules as the config has layers.
+
+    Raises:
+        SourceError: there is none, or more than one.
+    """
+    config = model.config
+    count = getattr(config, "num_hidden_layers", None)
+    lists = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count]
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    if len(outer) != 1:
+        found = " and ".join(outer) if outer else "no list of its own"
+        raise SourceError(
+            f"a model of type {config.model_type!r} has {found} for its {count} decoder layers; the type is not supported"
+        )
+    return outer[0]
+
+
 def find_projections(
-    folder: Folder, model: PreTrainedModel, keys: dict[str, str], dtype: torch.dtype | None
+    folder: Folder,
+    family: Architecture,
+    model: PreTrainedModel,
+    keys: dict[str, str],
+    dtype: torch.dtype | None,
 ) -> list[Projection]:
     """Every projection that a family's decoder layers can gate.
 
     Args:
         folder: the folder.
+        family: its family.
         model: its skeleton.
         keys: checkpoint key of each parameter.
         dtype: to store the weights in; None: as they are.
@@ -66,14 +90,16 @@ def find_projections(
     Raises:
         SourceError: one is no plain linear map, or its tensor has another shape than config.json asks for.
     """
-    family = folder.architecture
     found = []
     for index, layer in enumerate(model.get_submodule(family.layers).children()):
+        modules = dict(layer.named_modules())
         for short in (*family.attention, *family.mlp):
+            if short not in modules and folder.config["model_type"] not in ARCHITECTURES:
+                continue  # layers of several kinds
             name = f"{family.layers}.{index}.{short}"
-            module = layer.get_submodule(short)
+            module = modules.get(short)
             key = keys.get(f"{name}.{WEIGHT}", "").removesuffix(f".{WEIGHT}")
-            if type(module) not in (nn.Linear, Conv1D) or not key:
+            if not isinstance(module, (nn.Linear, Conv1D)) or not key:
                 raise SourceError(f"{folder.name} has no plain weight for {name}; this variant is not supported")
             spec = folder.tensors[f"{key}.{WEIGHT}"]
             expected = tuple(model.get_parameter(f"{name}.{WEIGHT}").shape)

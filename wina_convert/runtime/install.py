@@ -22,7 +22,7 @@ def install(model: nn.Module, config: WinaConfig) -> None:
     Raises:
         CheckpointError: a name matches nothing or something that is not a linear projection.
     """
-    linears = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     for gated in config.modules:
         matches = [
             name for name in linears if name == gated or gated.endswith(f".{name}") or name.endswith(f".{gated}")

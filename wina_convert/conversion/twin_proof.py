@@ -1,0 +1,147 @@
+"""The proof that a conversion fits a type of model that no table lists: it is tried on the model's twin first."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import SourceError, one_line
+from ..format.config import WinaConfig
+from ..format.names import COLUMN_NORMS, WEIGHT, WEIGHT_T
+from ..models.source import Source, open_source
+from ..models.stream import build_skeleton, dense_stream
+from ..models.twin import make_twin
+from ..progress import Progress
+from ..runtime.install import configure, install
+from ..runtime.linear import gated_modules
+from .plan import ConversionPlan, make_plan
+from .weights import stored_tensors
+
+CPU = torch.device("cpu")
+TOKENS = (2, 24)
+TOLERANCE = 1e-5  # of the logits' scale, in float32
+
+
+def check_twin(source: Source, progress: Progress) -> None:
+    """Try the conversion of an unlisted type on a small random model of it, in seconds.
+
+    Layers run one at a time must give what the whole model gives; the gated model at sparsity 0 what the dense one gives; and at
+    50% what the dense model gives whose inputs are zeroed by a hook.
+
+    Args:
+        source: the model to convert.
+        progress: how to report the three comparisons.
+
+    Raises:
+        SourceError: they differ, or the twin cannot be built, stored or read.
+    """
+    twin = make_twin(build_skeleton(source, torch.float32))
+    vocabulary = twin.config.get_text_config().vocab_size
+    tokens = torch.randint(4, vocabulary - 4, TOKENS, generator=torch.Generator().manual_seed(1), device=CPU)
+
+    def run(model: Callable[..., object]) -> Tensor:
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits  # type: ignore[attr-defined]
+        return logits
+
+    with progress("Trying the type of model", 3, "comparisons") as advance, torch.no_grad(), _explained(source):
+        with tempfile.TemporaryDirectory() as folder:
+            twin.save_pretrained(folder)
+            small = open_source(folder)
+            plan = make_plan(small)
+            gated = gated_copy(twin, small, plan)
+            dense = run(twin)
+            _compare("its layers, one at a time,", _streamed(small, tokens), dense)
+        advance(1)
+        _compare("the gated model at sparsity 0", run(gated), dense)
+        advance(1)
+        with zeroed(twin, [projection.name for projection in plan.projections]) as thresholds:
+            expected = run(twin)
+        for name, module in gated_modules(gated).items():
+            module.set_threshold(thresholds[name])
+        _compare("the gated model at 50%", run(gated), expected)
+        advance(1)
+
+
+@contextmanager
+def _explained(source: Source) -> Iterator[None]:
+    """What goes wrong with the twin is said of the type of model."""
+    try:
+        yield
+    except Exception as error:  # whatever the model's code makes of being run a layer at a time
+        raise SourceError(
+            f"{source.name} is of type {source.config['model_type']!r}, which was tried on a small random model and is not "
+            f"supported: {one_line(error)}"
+        ) from error
+
+
+def gated_copy(twin: PreTrainedModel, small: Source, plan: ConversionPlan) -> PreTrainedModel:
+    """A copy of a twin with gated projections, filled with what a conversion of its folder stores, at sparsity 0."""
+    gated = deepcopy(twin)
+    install(gated, WinaConfig(sparsity=0.0, modules=[projection.name for projection in plan.projections]))
+    stored = stored_tensors(small, plan.steps, [f"{projection.key}.{WEIGHT}" for projection in plan.projections])
+    modules = gated_modules(gated)
+    for projection in plan.projections:
+        module, plain = modules[projection.name], twin.get_submodule(projection.name)
+        module.weight_t.copy_(stored[f"{projection.key}.{WEIGHT_T}"])
+        module.column_norms.copy_(stored[f"{projection.key}.{COLUMN_NORMS}"])
+        module.thresholds.zero_()
+        if module.bias is not None:
+            module.bias.copy_(plain.bias)
+    configure(gated, WinaConfig(sparsity=0.0))
+    return gated
+
+
+@contextmanager
+def zeroed(model: PreTrainedModel, names: list[str]) -> Iterator[Mapping[str, float]]:
+    """Zero about half the inputs of linear maps, by the rule itself.
+
+    The threshold of each is set at its first call, in the widest gap between scores near the median, so that rounding moves no
+    score across it.
+
+    Yields:
+        the thresholds, by module name, as far as the modules have been called.
+    """
+    thresholds: dict[str, float] = {}
+
+    def zeroing(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
+            assert isinstance(weight, Tensor)
+            scores = inputs[0].abs() * torch.linalg.vector_norm(weight.double(), dim=0).float()
+            if name not in thresholds:
+                ranked = scores.flatten().sort().values
+                middle = ranked[len(ranked) * 9 // 20 : len(ranked) * 11 // 20 + 2]
+                widest = int(middle.diff().argmax())
+                thresholds[name] = float(middle[widest : widest + 2].mean())
+            return (inputs[0] * (scores > thresholds[name]), *inputs[1:])
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(zeroing(name)) for name in names]
+    try:
+        yield thresholds
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _streamed(small: Source, tokens: Tensor) -> Tensor:
+    """Logits [B, S, vocabulary] of a folder's model, a layer at a time."""
+    stream = dense_stream(small, torch.float32, CPU)
+    (hidden,) = stream.embed([tokens])
+    for index in range(len(stream.layers)):
+        with stream.layer(index) as layer:
+            hidden = layer(hidden)
+    with stream.head() as head:
+        return torch.stack([head(row) for row in hidden])
+
+
+def _compare(what: str, found: Tensor, expected: Tensor) -> None:
+    differs = float((found - expected).abs().max() / expected.abs().max())
+    if not differs <= TOLERANCE:
+        raise SourceError(f"{what} gave logits that differ by {differs:.0e} of their scale")

@@ -1,0 +1,133 @@
+"""A shrunken twin of a model: the same class and every kind of its layers, few of them and narrow, with random weights.
+
+What a conversion does to a type of model that no test has seen is tried on the twin first, in seconds.
+"""
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import SourceError, one_line
+from .structure import decoder_layers
+
+HEAD_DIM = 16  # the least features of a head: a quarter of them may be rotary, in pairs
+VOCABULARY = 512
+WINDOW = 8  # positions that a layer with a sliding window sees: fewer than the twin's tokens, so that it matters
+MOST_LAYERS = 16
+SHORT = ("short_factor", "long_factor")  # of rotary embeddings: a number for every pair of features
+
+# Fields that count features. All are divided by one number, so that what is a product of others stays one.
+_WIDTH = re.compile(
+    r"(\w+_)?(hidden|intermediate|ffn|mlp|embed|embedding|model)_(\w+_)?(size|dim)|(hidden|intermediate)_size_\w+"
+    r"|(\w+_)?(head_dim|lora_rank)|d_model|n_embd|n_inner|d_ff|dff|dim_ff|d_kv|dim_head|kv_channels|rotary_dim|lru_width|rope_dim"
+)
+_WINDOW = re.compile(r"(\w+_)?(sliding_window|window_size|attention_chunk_size)(_\w+)?")
+_TOKEN = re.compile(r"(\w+_)?token_id")
+_LEFT_OUT = ("architectures", "auto_map", "transformers_version", "dtype", "torch_dtype", "quantization_config")
+
+
+def layer_kinds(model: PreTrainedModel) -> list[str]:
+    """What tells the kinds of decoder layers of a model apart: the layer's type in the config, its classes and its parameters."""
+    layers = list(model.get_submodule(decoder_layers(model)).children())
+    named = getattr(model.config, "layer_types", None)
+    types = named if isinstance(named, list) and len(named) == len(layers) else [""] * len(layers)
+    return [
+        " ".join([str(kind), *(f"{name}:{type(part).__name__}" for name, part in layer.named_modules())])
+        for kind, layer in zip(types, layers, strict=True)
+    ]
+
+
+def make_twin(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """The twin of a model, float32, on the CPU.
+
+    Args:
+        model: on the meta device.
+        seed: of the weights.
+
+    Raises:
+        SourceError: transformers cannot build it.
+    """
+    kinds = layer_kinds(model)
+    needed = 1 + max(kinds.index(kind) for kind in kinds)
+    try:
+        config = shrink(model.config, len(kinds), min(max(needed, 2), len(kinds), MOST_LAYERS))
+        with torch.device("cpu"), torch.random.fork_rng(devices=()):
+            twin: PreTrainedModel = type(model)._from_config(config, dtype=torch.float32)
+    except Exception as error:  # whatever transformers makes of numbers that were never tried together
+        raise SourceError(
+            f"no small model of type {model.config.model_type!r} could be built to try a conversion on "
+            f"({one_line(error)}); the type is not supported"
+        ) from error
+    twin.train(False)
+    random_weights(twin, seed)
+    return twin
+
+
+def shrink(config: PreTrainedConfig, layers: int, kept: int) -> PreTrainedConfig:
+    """A config of the same type with fewer layers, all widths divided alike, and a small vocabulary.
+
+    Args:
+        config: of the model.
+        layers: its decoder layers.
+        kept: how many of them, from the first on, the result has.
+    """
+    fields = {name: value for name, value in config.to_dict().items() if name not in _LEFT_OUT}
+    factor = _factor(config, fields)
+    counts = {"num_hidden_layers", config.attribute_map.get("num_hidden_layers", "")}
+
+    def shrunk(name: str, value: Any) -> Any:
+        if isinstance(value, dict):  # some are by the number of a layer
+            kept_keys = (key for key in value if not str(key).isdigit() or int(key) < kept)
+            return {key: shrunk(str(key), value[key]) for key in kept_keys}
+        if isinstance(value, list):
+            short = value[: len(value) // factor] if name in SHORT else value
+            return short[:kept] if len(short) == layers else short
+        if isinstance(value, bool) or not isinstance(value, int):
+            return value
+        if name in counts:
+            return kept
+        if _WIDTH.fullmatch(name):
+            return value // factor
+        if _WINDOW.fullmatch(name):
+            return min(value, WINDOW)
+        if "vocab" in name:
+            return min(value, VOCABULARY)
+        return min(value, VOCABULARY - 1) if _TOKEN.fullmatch(name) else value
+
+    return type(config)(**{name: shrunk(name, value) for name, value in fields.items()})
+
+
+def _factor(config: PreTrainedConfig, fields: dict[str, Any]) -> int:
+    """The largest number that divides every width and leaves a head its least features."""
+    widths = [value for name, value in fields.items() if _WIDTH.fullmatch(name) and type(value) is int and value > 0]
+    heads = fields.get(config.attribute_map.get("num_attention_heads", "num_attention_heads"))
+    hidden = fields.get(config.attribute_map.get("hidden_size", "hidden_size"))
+    whole = type(heads) is int and type(hidden) is int
+    width = fields.get("head_dim") or (hidden // heads if whole else HEAD_DIM)
+    rotary = [value // 4 for name, value in fields.items() if name.endswith("rope_head_dim") and type(value) is int]
+    common = math.gcd(*widths, width)
+    return max((f for f in range(1, min(width // HEAD_DIM, *rotary, width) + 1) if common % f == 0), default=1)
+
+
+def random_weights(model: nn.Module, seed: int) -> None:
+    """Weights at which every layer changes the hidden state and the logits differ from token to token."""
+    generator = torch.Generator().manual_seed(seed)
+    owners = dict(model.named_modules())
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():  # a tied head is not named again
+            owner, _, name = path.rpartition(".")
+            noise = torch.empty_like(parameter).normal_(generator=generator)
+            if isinstance(owners[owner], nn.Embedding):
+                parameter.copy_(0.05 * noise)  # small: else a tied head answers with the token it was given
+            elif isinstance(owners[owner], (nn.Linear, Conv1D)) and name == "weight":
+                axis = 0 if isinstance(owners[owner], Conv1D) else 1
+                inputs = parameter.shape[axis]
+                scale = torch.empty(inputs).uniform_(0.5, 2.0, generator=generator) / inputs**0.5
+                parameter.copy_(noise * scale.unsqueeze(1 - axis))  # columns of unlike norms: the rule depends on them
+            else:  # biases, and the weights of norms, which are 1 or (Gemma) 0
+                parameter.add_(0.2 * noise)
