@@ -82,7 +82,7 @@ def product_rate(plan: ConversionPlan, length: int, device: torch.device, second
     widest = max(plan.projections, key=lambda projection: projection.weights)
     x = torch.ones(length, widest.in_features, dtype=plan.dtype, device=device)
     weight_t = torch.ones(widest.in_features, min(widest.out_features, 4096), dtype=plan.dtype, device=device)
-    tau = torch.zeros(widest.in_features, device=device)
+    tau = torch.zeros(widest.in_features, dtype=torch.float32, device=device)
     gated_linear(x, weight_t, tau, None).sum().item()
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:

@@ -79,7 +79,11 @@ def write_layers(
         for index, keys in enumerate(by_layer[done:], done):
             tensors = stored_tensors(source, plan.steps, dict.fromkeys(plan.origin[key] for key in keys))
             shards.write(tensors)
-            curves = {key: torch.zeros(len(GRID)) for key in keys if key.endswith(f".{THRESHOLDS}")}
+            curves = {
+                key: torch.zeros(len(GRID), dtype=torch.float32, device="cpu")
+                for key in keys
+                if key.endswith(f".{THRESHOLDS}")
+            }
             with model.layer(index, tensors | curves) as run:
                 gates = {name: gate for name, gate in gated_modules(model.model).items() if not gate.weight_t.is_meta}
                 histograms = calibrate_layer(run, gates, states, advance, plan.budget)

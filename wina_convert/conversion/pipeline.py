@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor
 
 from .. import __version__
+from ..defaults import torch_defaults
 from ..fitting.thresholds import levels
 from ..format.config import WinaConfig
 from ..format.manifest import write_manifest
@@ -35,6 +36,7 @@ from .turn_proof import check_turned
 
 
 @documented
+@torch_defaults()
 def convert(
     model: str,
     out: str | Path,

@@ -285,4 +285,4 @@ def balanced_values(mixed: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
 def fix_signs(axes: Tensor) -> Tensor:
     """Give every column [..., n, n] the sign that makes its largest element positive: an eigenvector has none of its own."""
     largest = axes.gather(-2, axes.abs().argmax(-2, keepdim=True))
-    return axes * torch.where(largest < 0, -1.0, 1.0)
+    return torch.where(largest < 0, -axes, axes)

@@ -62,7 +62,7 @@ def sentinel() -> Tensor:
 
     Without this package transformers would fill the gated projections with random numbers; the wrong shape makes it raise.
     """
-    return torch.empty(0)
+    return torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 def spec_from_header(name: str, dtype: str, shape: Iterable[int], file: str) -> TensorSpec:

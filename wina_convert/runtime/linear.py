@@ -99,12 +99,14 @@ class WinaLinear(nn.Module):
         if not self.grid[0] <= sparsity <= self.grid[-1]:
             raise OptionError(f"sparsity is {sparsity}; this checkpoint has thresholds up to {self.grid[-1]}")
         self.sparsity = sparsity
-        self.tau = None if self.thresholds.is_meta else self._cutoffs()
+        with torch.inference_mode(False):  # or a gradient could not pass it later
+            self.tau = None if self.thresholds.is_meta else self._cutoffs()
 
     def set_threshold(self, threshold: Tensor | float) -> None:
         """Skip the inputs whose score is at most this, a float32 scalar, instead of what the stored curve says."""
         value = torch.as_tensor(threshold, dtype=torch.float32, device=self.column_norms.device)
-        self.tau = cutoffs(value, self.column_norms)
+        with torch.inference_mode(False):
+            self.tau = cutoffs(value, self.column_norms)
 
     def forget_threshold(self) -> None:
         """Drop the cutoffs, whose memory is the layer's; each call computes them until a threshold is set again."""

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
+from ..defaults import torch_defaults
 from ..errors import CheckpointError, WinaError, as_checkpoint_error, one_line
 from ..format.checkpoint import open_checkpoint
 from ..format.config import WinaConfig
@@ -126,8 +127,10 @@ def load(path: str, sparsity: float | None = None, prefill: str | None = None, *
     folder = Path(path, kwargs.get("subfolder") or "")
     if folder.is_dir():
         open_checkpoint(folder)  # before transformers reads its config
+    default = torch.get_default_device()  # where transformers loads to; "meta" would hold no weights
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, **{"trust_remote_code": False} | kwargs)
+        with torch_defaults("cpu" if default.type == "meta" else default):
+            model = AutoModelForCausalLM.from_pretrained(path, **{"trust_remote_code": False} | kwargs)
     except WinaError:
         raise
     except Exception as error:  # whatever transformers makes of a strange folder

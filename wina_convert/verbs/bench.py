@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from ..defaults import torch_defaults
 from ..errors import OptionError
 from ..format.checkpoint import open_checkpoint
 from ..format.dtypes import check_dtype
@@ -52,6 +53,7 @@ class Ready:
     loads: dict[float | None, tuple[int, float | None]]
 
 
+@torch_defaults()
 def bench_model(
     folder: str | None = None,
     *,

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from ..defaults import torch_defaults
 from ..progress import Progress, silent
 from ..runtime.install import set_sparsity
 from ..runtime.linear import gated_modules
@@ -31,6 +32,7 @@ class _Clock:
     eager: list[float] = field(default_factory=list)
 
 
+@torch_defaults()
 def bench_cuda(
     device: torch.device,
     folder: str | None = None,

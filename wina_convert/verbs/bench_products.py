@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..defaults import torch_defaults
 from ..errors import OptionError
 from ..format.dtypes import FLOATS, check_dtype
 from ..format.grid import check_sparsity
@@ -39,6 +40,7 @@ class Timed:
     seconds: float
 
 
+@torch_defaults()
 @torch.inference_mode()
 def bench_products(
     shapes: Sequence[tuple[int, int]] = SHAPES,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ..defaults import torch_defaults
 from ..errors import OptionError, SourceError
 from ..format.checkpoint import open_checkpoint
 from ..format.dtypes import compute_dtype
@@ -18,6 +19,7 @@ from ..models.text import load_tokenizer, sequence_length, sequences
 from ..progress import Progress, silent
 
 
+@torch_defaults()
 def evaluate(
     folder: str | Path,
     texts: Sequence[str],
@@ -57,7 +59,7 @@ def evaluate(
     length = sequence_length(checkpoint.folder, seq_len)
     documents = chain.from_iterable(read_documents(text) for text in texts)
     packed = sequences(documents, load_tokenizer(checkpoint.folder), length, samples, ", ".join(texts))
-    tokens = packed[torch.linspace(0, len(packed) - 1, min(samples, len(packed))).long()]
+    tokens = packed[torch.linspace(0, len(packed) - 1, min(samples, len(packed)), dtype=torch.float32).long()]
     dense = None
     if source is not None:
         original = open_source(source, revision, token)

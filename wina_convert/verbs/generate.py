@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..defaults import torch_defaults
 from ..errors import CheckpointError, OptionError, one_line
 from ..format.checkpoint import open_checkpoint
 from ..format.dtypes import check_dtype
@@ -32,6 +33,7 @@ class Generation:
         return (len(self.times) - 1) / (self.times[-1] - self.times[0]) if len(self.times) > 1 else None
 
 
+@torch_defaults()
 def generate(
     folder: str,
     prompt: str,

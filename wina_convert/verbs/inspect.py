@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..defaults import torch_defaults
 from ..fitting.budget import budget_of, kind_of
 from ..format.checkpoint import open_checkpoint
 from ..format.curve import threshold_at
@@ -61,6 +62,7 @@ class Inspection:
     other_bytes: int
 
 
+@torch_defaults()
 def inspect_checkpoint(folder: str | Path) -> Inspection:
     """Summarise a checkpoint; reads the thresholds and no weight.
 

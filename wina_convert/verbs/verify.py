@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ..defaults import torch_defaults
 from ..errors import VerificationError, as_checkpoint_error
 from ..fitting.budget import Budget, budget_of
 from ..fitting.schemes import Scheme, scheme_of
@@ -20,6 +21,7 @@ ROUNDING = 1e-4  # of norms and thresholds, computed again on another machine
 SPENT = 1e-9  # of the sparsity that shares come to, which are stored in full
 
 
+@torch_defaults()
 def verify_folder(folder: str | Path, progress: Progress = silent) -> int:
     """Check every file of a checkpoint against the manifest, and its tensors and config against each other.
 
