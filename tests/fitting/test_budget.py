@@ -104,7 +104,7 @@ def test_uniform_asks_every_projection_for_the_level():
     budget = ALLOCATIONS["uniform"]({"a": 1, "b": 5}, {})
     assert budget is UNIFORM
     assert [budget.asked(name, 0.37) for name in ("a", "b", "c")] == [0.37] * 3
-    assert budget.by_kind() == {}
+    assert budget.stored() == {}
 
 
 # --- as config.json keeps it ---
@@ -112,7 +112,7 @@ def test_uniform_asks_every_projection_for_the_level():
 
 def config(weights: dict[str, int], budget: Budget) -> WinaConfig:
     """What is read of the stored block of a conversion."""
-    made = WinaConfig(0.5, modules=list(weights), allocation=budget.allocation, shares=budget.by_kind())
+    made = WinaConfig(0.5, modules=list(weights), allocation=budget.allocation, shares=budget.stored())
     return WinaConfig.from_dict(json.loads(json.dumps(made.to_dict())))
 
 

@@ -99,7 +99,7 @@ def convert(
         modules=[projection.name for projection in plan.projections],
         scheme=plan.scheme.name,
         allocation=plan.budget.allocation,
-        shares=plan.budget.by_kind(),
+        shares=plan.budget.stored(),
         basis=basis,
         calibration={
             "text": text,

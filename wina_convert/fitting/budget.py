@@ -41,9 +41,11 @@ class Budget:
         """What is asked of projections together, each counted by its weights: the level, or the budget is none."""
         return sum(self.asked(name, level) * count for name, count in weights.items()) / sum(weights.values())
 
-    def by_kind(self) -> dict[str, list[float]]:
-        """The shares as config.json stores them: by the name within a decoder layer, in which all layers agree."""
-        return {kind_of(name): list(share) for name, share in self.shares.items()}
+    def stored(self) -> dict[str, list[float]]:
+        """The shares as config.json stores them: by the name within a decoder layer, or by full name where layers differ."""
+        full = {name: list(share) for name, share in self.shares.items()}
+        by_kind = {kind_of(name): share for name, share in full.items()}
+        return by_kind if all(by_kind[kind_of(name)] == share for name, share in full.items()) else full
 
 
 UNIFORM = Budget()
@@ -117,6 +119,8 @@ def budget_of(config: WinaConfig) -> Budget:
         return UNIFORM
     if config.allocation == UNIFORM.allocation:
         raise CheckpointError(f"allocation in config.json is {config.allocation!r}, which has no shares; convert again")
+    if set(config.shares) == set(config.modules):
+        return Budget(config.allocation, config.shares, config.grid)
     unlike = {kind_of(name) for name in config.modules} ^ set(config.shares)
     if unlike:
         raise CheckpointError(

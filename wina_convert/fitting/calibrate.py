@@ -53,7 +53,7 @@ def calibrate_layer(
             for batch in _pilot(batches):
                 run(batch)
         for name, gate in gates.items():
-            gate.set_threshold(provisional[name].quantile(budget.asked(name, level)))
+            gate.set_threshold(provisional[name].quantile(budget.asked(name, level)), level)
         with _counting(gates) as counts:
             for number, batch in enumerate(batches):
                 batches[number] = run(batch)

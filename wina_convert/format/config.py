@@ -12,7 +12,7 @@ from .grid import GRID, check_sparsity
 
 FORMAT_VERSION = 2
 READABLE = (1, 2)
-NEW_IN_2 = ("basis", "shares")  # without these fields, version 2 is version 1
+NEW_IN_2 = ("basis", "shares", "biases")  # without these fields, version 2 is version 1
 PREFILL = ("gated", "dense")
 
 
@@ -28,8 +28,9 @@ class WinaConfig(QuantizationConfigMixin):
         modules: full names of the gated projections, in the order of the model.
         scheme: how the score's column weights were made ("wina": L2 norms).
         allocation: how the sparsity is divided among projections ("uniform": all alike).
-        shares: the fraction asked of each projection at the points of the grid, by its name within a decoder layer; empty for
-            "uniform".
+        shares: the fraction asked of each projection at the points of the grid, by its name within a decoder layer, or by its
+            full name where layers differ; empty for "uniform".
+        biases: whether each gated projection has a bias for each point of the grid.
         basis: what change of basis is folded into the weights: its `kind`, and how it was found.
         calibration: what the thresholds were fitted on.
         source: what was converted.
@@ -48,6 +49,7 @@ class WinaConfig(QuantizationConfigMixin):
     scheme: str = "wina"
     allocation: str = "uniform"
     shares: dict[str, list[float]] = field(default_factory=dict)
+    biases: bool = False
     basis: dict[str, Any] = field(default_factory=lambda: {"kind": "none"})
     calibration: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
@@ -74,6 +76,7 @@ class WinaConfig(QuantizationConfigMixin):
             raise CheckpointError("quantization_config.modules of config.json is not a list of names")
         for name, kind in (
             ("shares", dict),
+            ("biases", bool),
             ("basis", dict),
             ("calibration", dict),
             ("source", dict),
@@ -113,6 +116,8 @@ class WinaConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """The block to store, in the format version that the checkpoint has."""
         block: dict[str, Any] = super().to_dict()
+        if not self.biases:
+            del block["biases"]
         return {name: value for name, value in block.items() if self.format_version > 1 or name not in NEW_IN_2}
 
     def get_loading_attributes(self) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from ..errors import VerificationError, as_checkpoint_error
 from ..fitting.budget import Budget, budget_of
 from ..fitting.schemes import Scheme, scheme_of
 from ..format.checkpoint import Checkpoint, open_checkpoint
+from ..format.curve import starts_at_zero
 from ..format.manifest import entry, files_of, read_manifest
-from ..format.names import COLUMN_NORMS, REPORT, WEIGHT_T
+from ..format.names import BIASES, COLUMN_NORMS, REPORT, WEIGHT_T
 from ..format.trust import check_folder
 from ..models.stream import checkpoint_stream
 from ..progress import Progress, silent
@@ -35,8 +36,8 @@ def verify_folder(folder: str | Path, progress: Progress = silent) -> int:
     Raises:
         CheckpointError: it is not a WINA checkpoint, or has no manifest that can be read.
         VerificationError: a file is missing, extra or changed; norms are not those of the weights; thresholds are not finite
-            and ascending; what is asked of the projections is not the sparsity of the whole; config and tensors do not fit
-            together.
+            and ascending, or biases not finite from 0; what is asked of the projections is not the sparsity of the whole;
+            config and tensors do not fit together.
     """
     folder = Path(folder)
     with as_checkpoint_error():
@@ -59,6 +60,7 @@ def verify_folder(folder: str | Path, progress: Progress = silent) -> int:
     with progress("Verifying tensors", len(keys), "projection") as advance:
         for name, key in keys.items():
             _check_norms(checkpoint, name, key, scheme)
+            _check_biases(checkpoint, key)
             advance(1)
     _check_budget(checkpoint, budget)
     found = checkpoint.thresholds()
@@ -88,11 +90,20 @@ def _check_budget(checkpoint: Checkpoint, budget: Budget) -> None:
 def _check_norms(checkpoint: Checkpoint, name: str, key: str, scheme: Scheme) -> None:
     stored = dict(checkpoint.read([f"{key}.{WEIGHT_T}", f"{key}.{COLUMN_NORMS}"]))
     norms = stored[f"{key}.{COLUMN_NORMS}"]
-    expected = scheme.column_weights(name, stored[f"{key}.{WEIGHT_T}"]) if scheme.recomputed else norms
-    if not (norms.isfinite().all() and torch.allclose(norms, expected, ROUNDING, atol=0)):
+    expected = scheme.column_weights(name, stored[f"{key}.{WEIGHT_T}"])
+    if not scheme.recomputed:  # known is only which columns weigh nothing
+        norms, expected = norms.where(norms <= 0, 1.0), (expected > 0).float()
+    if not (stored[f"{key}.{COLUMN_NORMS}"].isfinite().all() and torch.allclose(norms, expected, ROUNDING, atol=0)):
         raise VerificationError(
             f"{key}.{COLUMN_NORMS} are not those of its weights for scheme {scheme.name!r}; convert again"
         )
+
+
+def _check_biases(checkpoint: Checkpoint, key: str) -> None:
+    if checkpoint.config.biases:
+        ((name, biases),) = checkpoint.read([f"{key}.{BIASES}"])
+        if not starts_at_zero(biases):
+            raise VerificationError(f"{name} are not finite and 0 at sparsity 0; convert again")
 
 
 def _recorded(folder: Path, checkpoint: Checkpoint) -> dict[str, float] | None:
