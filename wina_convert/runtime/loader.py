@@ -29,6 +29,7 @@ class WinaQuantizer(HfQuantizer):
     """Builds and finishes the gated model inside `from_pretrained`."""
 
     quantization_config: WinaConfig
+    chosen_attention = False  # whether the caller named one, which is never replaced
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -37,6 +38,7 @@ class WinaQuantizer(HfQuantizer):
             )
 
     def update_attn_implementation(self, config: Any) -> Any:
+        self.chosen_attention = config._attn_implementation is not None
         return accept(config)
 
     update_tp_plan = update_attn_implementation  # the hook with the config in transformers before 5.21
@@ -53,7 +55,7 @@ class WinaQuantizer(HfQuantizer):
 
         configure(model, self.quantization_config)
         group(model)
-        attention.use(model)
+        attention.use(model, not self.chosen_attention)
         for module in model.modules():
             if hasattr(module, "save_pretrained"):  # a part of the model that is saved alone needs the sentinel too
                 module.hf_quantizer = self  # type: ignore[assignment]
