@@ -68,6 +68,11 @@ class ConversionOptions:
         "What to gate: all, attention, mlp, or patterns such as '*.down_proj'; repeat or separate by commas.",
     )
     ignore: tuple[str, ...] = _option((), REPORT, "Patterns to leave dense, such as 'model.layers.0.*'.")
+    allow_unused: bool = _option(
+        False,
+        RUN,
+        "Convert although weights are left out that the config has no place for: an adapter, a bias, a layer.",
+    )
     overwrite: bool = _option(False, RUN, "Replace an existing WINA checkpoint, or discard an unfinished one.")
     resume: bool = _option(False, RUN, "Continue an interrupted conversion; the same options are needed.")
     keep: bool = _option(

@@ -19,6 +19,7 @@ from ..format.shard_writer import ShardWriter, shard_bytes
 from ..models.device import choose_device
 from ..models.documents import read_documents
 from ..models.source import Source, open_source
+from ..models.tensors import taken
 from ..models.text import HELD_OUT, check_vocabulary, load_tokenizer, sequence_length, sequences, split
 from ..progress import Progress, silent
 from . import plot as pictures
@@ -66,9 +67,10 @@ def convert(
     if asked.plot:
         pictures.check_available()
     check_target(Path(out), model, asked.overwrite)
-    source = open_source(
+    found_source = open_source(
         model, asked.revision, asked.token, asked.trust_remote_code, asked.dry_run, tqdm_class, progress
     )
+    source, unused = taken(found_source, asked.allow_unused)
     chosen = (asked.targets, asked.ignore, asked.dtype, asked.scheme, asked.allocation)
     plan = make_plan(source, *chosen)  # as it is: what is wrong with source or options is refused before it is turned
     if turn := plan_turn(source, asked.basis, device):
@@ -76,7 +78,7 @@ def convert(
     basis = turn.shown() if turn else {"kind": "none"}
     length = sequence_length(source, asked.seq_len)
     if asked.dry_run:
-        return plan_report(source, plan, turn, asked.sparsity, asked.samples, length, device)
+        return plan_report(source, plan, turn, asked.sparsity, asked.samples, length, device, unused)
     check_space(Path(out), disk_bytes(source, plan, turn, asked.sparsity, asked.samples, length))
     # A CPU gains nothing from more sequences at a time, and one by one they give the same bits.
     at_a_time = 1 if device.type == "cpu" else asked.batch_size
@@ -138,6 +140,7 @@ def convert(
             "source": config.source,
             "options": used.deciding(REPORT),
             **shape_report(plan, used.sparsity),
+            "unused": list(unused),
             "basis": basis | ({"logits_differ": differs} if turn else {}),
             "calibration": config.calibration,
             "verification": {"sequences": len(held_out), **proof.as_dict()},

@@ -96,8 +96,8 @@ def _check_config(name: str, config: dict[str, Any]) -> None:
         )
     if classes and not any(entry.endswith(CAUSAL_LM) for entry in classes):
         raise SourceError(f"{name} is not a causal language model ({', '.join(classes)}); give one that generates text")
-    experts = next((key for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key)), None)
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES or experts:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        experts = any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
         what = f"a mixture of experts ({model_type})" if experts else f"of family {model_type!r}"
         raise SourceError(
             f"{name} is {what}, which is not supported; supported are: {', '.join(sorted(ARCHITECTURES))}"
