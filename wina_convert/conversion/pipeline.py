@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from .. import __version__
@@ -19,20 +18,12 @@ from ..format.shard_writer import ShardWriter, shard_bytes
 from ..models.device import choose_device
 from ..models.documents import read_documents
 from ..models.source import Source, open_source
-from ..models.tensors import taken
 from ..models.text import HELD_OUT, check_vocabulary, load_tokenizer, sequence_length, sequences, split
 from ..progress import Progress, silent
 from . import plot as pictures
-from .card import write_card
-from .estimate import disk_bytes, plan_report, shape_report
 from .files import check_space, check_target, copy_sidecars, write_config, write_json
-from .layers import write_layers
 from .options import IDENTITY, REPORT, ConversionOptions, documented
-from .plan import make_plan
-from .proof import prove
 from .staging import staged
-from .turn import basis_sequences, carried_basis, find_basis, plan_turn, restored_basis, turned_source
-from .turn_proof import check_turned
 
 
 @documented
@@ -70,6 +61,18 @@ def convert(
     found_source = open_source(
         model, asked.revision, asked.token, asked.trust_remote_code, asked.dry_run, tqdm_class, progress
     )
+    # Only now, so that what is refused above is refused at once: these import transformers.
+    import transformers
+
+    from ..models.tensors import taken
+    from .card import write_card
+    from .estimate import disk_bytes, plan_report, shape_report
+    from .layers import write_layers
+    from .plan import make_plan
+    from .proof import prove
+    from .turn import basis_sequences, carried_basis, find_basis, plan_turn, restored_basis, turned_source
+    from .turn_proof import check_turned
+
     source, unused = taken(found_source, asked.allow_unused)
     chosen = (asked.targets, asked.ignore, asked.dtype, asked.scheme, asked.allocation)
     plan = make_plan(source, *chosen)  # as it is: what is wrong with source or options is refused before it is turned

@@ -10,7 +10,6 @@ from ..format.folder import Folder, read_config
 from ..format.shards import TensorSpec, read_headers
 from ..format.trust import check_folder
 from ..progress import Progress, silent
-from . import hub
 
 CAUSAL_LM = ("ForCausalLM", "LMHeadModel")
 
@@ -61,6 +60,8 @@ def open_source(
         raise SourceError(
             f"{model} is not a folder; give the folder that holds config.json, or a Hub id such as org/name"
         )
+    from . import hub  # here: a local folder needs no client of the Hub
+
     with hub.explained(model, revision):
         if headers_only:
             commit, folder = hub.fetch_headers(model, revision, token, tqdm_class, _check_config)

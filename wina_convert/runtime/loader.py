@@ -14,12 +14,12 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..errors import CheckpointError, WinaError, as_checkpoint_error, one_line
 from ..format.checkpoint import open_checkpoint
-from ..format.config import WinaConfig
 from ..format.names import INSTALL, WEIGHT
 from ..format.shards import sentinel
 from .grouping import group
 from .install import configure, install
 from .linear import gated_modules
+from .quantization import WinaConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,7 +13,6 @@ from ..format.checkpoint import Checkpoint, open_checkpoint
 from ..format.manifest import entry, files_of, read_manifest
 from ..format.names import COLUMN_NORMS, REPORT, WEIGHT_T
 from ..format.trust import check_folder
-from ..models.stream import checkpoint_stream
 from ..progress import Progress, silent
 
 ROUNDING = 1e-4  # of norms and thresholds, computed again on another machine
@@ -49,6 +48,8 @@ def verify_folder(folder: str | Path, progress: Progress = silent) -> int:
             if entry(folder / name) != recorded:
                 raise VerificationError(f"{folder / name} was changed since the conversion; get it again")
             advance(int(recorded["size"]))
+    from ..models.stream import checkpoint_stream  # here: a file that was changed is told without transformers
+
     checkpoint = open_checkpoint(folder)
     with as_checkpoint_error(folder):
         checkpoint_stream(checkpoint, torch.device("cpu"))  # every parameter of the model has a tensor of its shape
