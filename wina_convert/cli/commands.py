@@ -179,22 +179,26 @@ def generate_command(folder: str, prompt: str, device: str, quiet: bool, as_json
 
 @wina.command("verify")
 @click.argument("folder", metavar="DIR")
+@click.option("--accept", is_flag=True, help="Sign files beside the weights as they are now.")
 @quiet_option
 @json_option
-def verify_command(folder: str, quiet: bool, as_json: bool) -> None:
+def verify_command(folder: str, accept: bool, quiet: bool, as_json: bool) -> None:
     """Check every file of a checkpoint against its manifest, and its tensors and config against each other.
 
     \b
-    Example:
+    Examples:
       wina verify ./llama-wina
+      wina verify ./llama-wina --accept
     """
     from ..verbs.verify import verify_folder
 
-    count = verify_folder(folder, progress_of(quiet))
+    found = verify_folder(folder, progress_of(quiet), accept)
     if as_json:
-        print_json({"folder": folder, "files": count})
+        print_json({"folder": folder, **dataclasses.asdict(found)})
+    elif not quiet and found.accepted:
+        click.echo(f"{folder}: {found.files} files are well; accepted as they are now: {', '.join(found.accepted)}")
     elif not quiet:
-        click.echo(f"{folder}: {count} files are as they were written")
+        click.echo(f"{folder}: {found.files} files are as they were written")
 
 
 @wina.command("retarget")
