@@ -37,7 +37,8 @@ class ConversionOptions:
     calibration: str = _option(
         BUNDLED,
         REPORT,
-        "Text to fit the thresholds on: bundled, a .txt, .jsonl or .parquet file, or a Hub dataset (name or name:split).",
+        "Text to fit the thresholds on: bundled, a .txt, .jsonl, .json or .parquet file, or a Hub dataset (name, name:split, "
+        "name:config or name:config:split).",
     )
     samples: int = _option(64, REPORT, "Calibration sequences; fewer are used where the text has fewer.")
     seq_len: int | None = _option(None, REPORT, "Tokens of a sequence.", shown="512, or the model's context if shorter")
