@@ -23,6 +23,7 @@ def report_text(report: dict[str, Any], out: str, seconds: float) -> str:
             f"  perplexity    dense {held_out['dense_perplexity']:.2f}, gated {held_out['perplexity']:.2f} ({rise:+.1%})",
             f"  bytes/token   {size(reads['dense'])} -> {size(reads['gated'])} ({reads['gated'] / reads['dense'] - 1:+.0%})",
             f"  basis         {basis_text(report['basis'])}",
+            *unused_text(report["unused"]),
             f'Try it: wina generate {out} --prompt "Once upon a time"',
         ]
     )
@@ -46,10 +47,17 @@ def plan_text(plan: dict[str, Any], out: str) -> str:
             f"  bytes/token   {size(reads['dense'])} -> {size(reads['gated'])} at {plan['sparsity']:.1%} sparsity "
             f"({reads['gated'] / reads['dense'] - 1:+.0%})",
             f"  basis         {basis_text(plan['basis'])}",
+            *unused_text(plan["unused"]),
             f"  disk          {size(plan['disk_bytes'])} in {out}",
             f"  time          about {duration(plan['seconds'])}, the download aside",
         ]
     )
+
+
+def unused_text(names: Sequence[str]) -> list[str]:
+    """A line on the tensors of the source that no parameter takes, where there are any."""
+    named = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return [printable(f"  left out      {named}: the model takes no such tensor")] if names else []
 
 
 def basis_text(basis: dict[str, Any]) -> str:

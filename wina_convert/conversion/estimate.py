@@ -1,6 +1,7 @@
 """What a plan amounts to: the bytes a token reads, the disk a conversion takes and the time it is expected to."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,8 +51,9 @@ def plan_report(
     samples: int,
     length: int,
     device: torch.device,
+    unused: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What a dry run tells: what would be gated, bytes a token before and after, time and disk."""
+    """What a dry run tells: what would be gated and what left out, bytes a token before and after, time and disk."""
     calibrated = len(levels(sparsity)) * (samples + min(PILOT, samples))
     passes = (
         calibrated + 3 * HELD_OUT + (basis_sequences(samples, length) if turn else 0)
@@ -73,6 +75,7 @@ def plan_report(
         "device": str(device),
         "basis": turn.shown() if turn else {"kind": "none"},
         **shape_report(plan, sparsity),
+        "unused": list(unused),
         "seconds": round(seconds, 1),
     }
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from .. import __version__
@@ -23,16 +22,9 @@ from ..models.source import Source, open_source
 from ..models.text import HELD_OUT, check_vocabulary, load_tokenizer, sequence_length, sequences, split
 from ..progress import Progress, silent
 from . import plot as pictures
-from .card import write_card
-from .estimate import disk_bytes, plan_report, shape_report
 from .files import check_space, check_target, copy_sidecars, write_config, write_json
-from .layers import write_layers
 from .options import IDENTITY, REPORT, ConversionOptions, documented
-from .plan import make_plan
-from .proof import prove
 from .staging import staged
-from .turn import basis_sequences, carried_basis, find_basis, plan_turn, restored_basis, turned_source
-from .turn_proof import check_turned
 
 
 @documented
@@ -68,9 +60,22 @@ def convert(
     if asked.plot:
         pictures.check_available()
     check_target(Path(out), model, asked.overwrite)
-    source = open_source(
+    found_source = open_source(
         model, asked.revision, asked.token, asked.trust_remote_code, asked.dry_run, tqdm_class, progress
     )
+    # Only now, so that what is refused above is refused at once: these import transformers.
+    import transformers
+
+    from ..models.tensors import taken
+    from .card import write_card
+    from .estimate import disk_bytes, plan_report, shape_report
+    from .layers import write_layers
+    from .plan import make_plan
+    from .proof import prove
+    from .turn import basis_sequences, carried_basis, find_basis, plan_turn, restored_basis, turned_source
+    from .turn_proof import check_turned
+
+    source, unused = taken(found_source, asked.allow_unused)
     chosen = (asked.targets, asked.ignore, asked.dtype, asked.scheme, asked.allocation)
     plan = make_plan(source, *chosen)  # as it is: what is wrong with source or options is refused before it is turned
     if turn := plan_turn(source, asked.basis, device):
@@ -78,7 +83,7 @@ def convert(
     basis = turn.shown() if turn else {"kind": "none"}
     length = sequence_length(source, asked.seq_len)
     if asked.dry_run:
-        return plan_report(source, plan, turn, asked.sparsity, asked.samples, length, device)
+        return plan_report(source, plan, turn, asked.sparsity, asked.samples, length, device, unused)
     check_space(Path(out), disk_bytes(source, plan, turn, asked.sparsity, asked.samples, length))
     # A CPU gains nothing from more sequences at a time, and one by one they give the same bits.
     at_a_time = 1 if device.type == "cpu" else asked.batch_size
@@ -140,6 +145,7 @@ def convert(
             "source": config.source,
             "options": used.deciding(REPORT),
             **shape_report(plan, used.sparsity),
+            "unused": list(unused),
             "basis": basis | ({"logits_differ": differs} if turn else {}),
             "calibration": config.calibration,
             "verification": {"sequences": len(held_out), **proof.as_dict()},

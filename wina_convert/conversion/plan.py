@@ -15,6 +15,7 @@ from ..format.shards import TensorSpec, sentinel
 from ..models.source import Source
 from ..models.stream import build_skeleton
 from ..models.structure import Projection, find_projections, lookup_bytes
+from ..models.tensors import check_stored
 from ..runtime.keys import checkpoint_keys
 from .weights import Step, planned_headers, steps_of
 
@@ -104,6 +105,7 @@ def make_plan(
     model = build_skeleton(source, compute)
     keys = checkpoint_keys(model, source.tensors)
     cast = compute if dtype != "auto" else None
+    check_stored(source, model, keys, cast is not None)
     projections = find_projections(source, model, keys, cast)
     if not projections:
         raise SourceError(f"{source.name} has no decoder layer; check its config.json")

@@ -1,11 +1,8 @@
 """WinaConfig: exactly what `quantization_config` of a WINA checkpoint's config.json stores, and its checks."""
 
-import warnings
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any
-
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from typing import Any, Self
 
 from ..errors import CheckpointError, OptionError
 from .grid import GRID, check_sparsity
@@ -17,8 +14,8 @@ PREFILL = ("gated", "dense")
 
 
 @dataclass
-class WinaConfig(QuantizationConfigMixin):
-    """Configuration of a WINA checkpoint; with `from_pretrained`, a way to choose the sparsity or the prefill.
+class WinaConfig:
+    """Configuration of a WINA checkpoint, without transformers; `runtime.quantization` makes it one of its kind.
 
     Attributes:
         sparsity: fraction of the gated projections' inputs to skip, each projection counted by its weights, within [0, 0.95];
@@ -55,7 +52,7 @@ class WinaConfig(QuantizationConfigMixin):
     source: dict[str, Any] = field(default_factory=dict)
     tool_version: str = ""
     format_version: int = FORMAT_VERSION
-    quant_method: str = "wina"  # type: ignore[assignment] # the base class knows its own methods only
+    quant_method: str = "wina"
 
     def __post_init__(self) -> None:
         if self.sparsity is not None:
@@ -95,7 +92,7 @@ class WinaConfig(QuantizationConfigMixin):
             raise OptionError(f"sparsity is {self.sparsity}; this checkpoint has thresholds up to {grid[-1]}")
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "WinaConfig":  # type: ignore[override]
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
         """Read the stored block.
 
         Raises:
@@ -115,19 +112,8 @@ class WinaConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The block to store, in the format version that the checkpoint has."""
-        block: dict[str, Any] = super().to_dict()
-        if not self.biases:
-            del block["biases"]
-        return {name: value for name, value in block.items() if self.format_version > 1 or name not in NEW_IN_2}
-
-    def get_loading_attributes(self) -> dict[str, Any]:
-        """What a caller of `from_pretrained` may override; transformers merges it into the stored config.
-
-        It asks for this just before it warns that there are two configs, which for this one is the ordinary use.
-        """
-        warnings.filterwarnings("ignore", message=r"You passed `quantization_config`.*\['(sparsity|prefill)'")
-        chosen = {"sparsity": self.sparsity, "prefill": self.prefill}
-        return {name: value for name, value in chosen.items() if value is not None}
+        stored = {name: value for name, value in asdict(self).items() if self.format_version > 1 or name not in NEW_IN_2}
+        return stored if self.biases else {name: value for name, value in stored.items() if name != "biases"}
 
 
 def _rises(share: Any, length: int) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..progress import Advance
 from ..runtime.linear import WinaLinear, gated_modules, observing
-from ..runtime.rule import dropped
+from ..runtime.rule import dropped, overall
 from .stream import StreamedModel
 
 POSITIONS = 64  # logits at a time: [64, vocabulary] in float32, a few times over, is what the head needs in memory
@@ -101,11 +101,6 @@ def measure(
         )
         for sparsity in sparsities
     ]
-
-
-def overall(fractions: Mapping[str, float], weights: Mapping[str, int]) -> float:
-    """Mean of a fraction over projections, each counted by its weights."""
-    return sum(fractions[name] * weights[name] for name in fractions) / sum(weights[name] for name in fractions)
 
 
 def _advance_states(run: Callable[[Tensor], Tensor], states: list[Tensor], advance: Advance) -> None:

@@ -10,7 +10,6 @@ from ..format.folder import Folder, read_config
 from ..format.shards import TensorSpec, read_headers
 from ..format.trust import check_folder
 from ..progress import Progress, silent
-from . import hub
 
 CAUSAL_LM = ("ForCausalLM", "LMHeadModel")
 
@@ -61,6 +60,8 @@ def open_source(
         raise SourceError(
             f"{model} is not a folder; give the folder that holds config.json, or a Hub id such as org/name"
         )
+    from . import hub  # here: a local folder needs no client of the Hub
+
     with hub.explained(model, revision):
         if headers_only:
             commit, folder = hub.fetch_headers(model, revision, token, tqdm_class, _check_config)
@@ -96,8 +97,8 @@ def _check_config(name: str, config: dict[str, Any]) -> None:
         )
     if classes and not any(entry.endswith(CAUSAL_LM) for entry in classes):
         raise SourceError(f"{name} is not a causal language model ({', '.join(classes)}); give one that generates text")
-    experts = next((key for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key)), None)
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES or experts:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        experts = any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
         what = f"a mixture of experts ({model_type})" if experts else f"of family {model_type!r}"
         raise SourceError(
             f"{name} is {what}, which is not supported; supported are: {', '.join(sorted(ARCHITECTURES))}"

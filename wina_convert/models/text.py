@@ -32,13 +32,18 @@ def load_tokenizer(folder: Folder) -> Any:
         ) from error
 
 
+def context_of(folder: Folder) -> int:
+    """Tokens that a model can take at once; 512 where its config does not say."""
+    return int(folder.config.get("max_position_embeddings") or folder.config.get("n_positions") or 512)
+
+
 def sequence_length(folder: Folder, asked: int | None) -> int:
     """Tokens of a sequence: what was asked, or 512, or the model's context where that is shorter.
 
     Raises:
         OptionError: the asked length is under 8 or does not fit the context.
     """
-    context = folder.config.get("max_position_embeddings") or folder.config.get("n_positions") or 512
+    context = context_of(folder)
     length = min(512, context) if asked is None else asked
     if not 8 <= length <= context:
         raise OptionError(f"sequence length is {length}; give 8 to {context}, the context of {folder.name}")

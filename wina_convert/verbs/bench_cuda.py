@@ -39,7 +39,7 @@ def bench_cuda(
     *,
     random: str | None = None,
     sparsities: Sequence[float] = SPARSITIES,
-    prompt_tokens: int = 512,
+    prompt_tokens: int | None = None,
     tokens: int = 32,
     repeats: int = 3,
     dtype: str = "auto",
@@ -53,7 +53,7 @@ def bench_cuda(
         folder: a WINA checkpoint.
         random: instead of it, a Llama shape with random weights: "1b", "3b" or "8b".
         sparsities: at which to run the gated model.
-        prompt_tokens: length of the prompt.
+        prompt_tokens: length of the prompt; None: 512, or what the context leaves where that is less.
         tokens: tokens decoded after it.
         repeats: turns, of which the median counts.
         dtype: "auto" (as stored; bfloat16 if random), "float32", "bfloat16" or "float16".

@@ -11,8 +11,7 @@ from ..format.checkpoint import open_checkpoint
 from ..format.curve import threshold_at
 from ..format.names import REPORT, WEIGHT_T, split_layer
 from ..format.shards import TensorSpec
-from ..models.measure import overall
-from ..runtime.rule import bytes_read
+from ..runtime.rule import bytes_read, overall
 
 
 @dataclass(frozen=True)
