@@ -33,7 +33,8 @@ def main(
             with tempfile.TemporaryDirectory() as folder:
                 out = str(Path(folder) / "checkpoint")
                 wina_convert.convert(model, out, basis=basis, progress=bars)
-                for one in evaluate(out, texts, sparsities, source=model, samples=samples, progress=bars):
+                (found,) = evaluate([out], texts, sparsities, source=model, samples=samples, progress=bars)
+                for one in found.measurements:
                     assert one.dense_perplexity is not None
                     click.echo(
                         f"| {Path(model).name} | {basis} | {one.sparsity:.0%} | {one.achieved:.2%} "

@@ -194,7 +194,7 @@ def test_the_picture_of_the_sparsity_has_a_line_for_what_is_asked_of_each_kind(
     divided: Divided, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     drawn: list[Any] = []
-    monkeypatch.setattr(plot, "_save", lambda figure, path: drawn.append(figure.axes[0]))
+    monkeypatch.setattr(plot.pictures, "save", lambda figure, path: drawn.append(figure.axes[0]))
     shares = divided.shares(0.5)
     budget = Budget("types", {name: (0.0, share) for name, share in shares.items()}, (0.0, 0.5))
     for each in (budget, Budget()):

@@ -18,8 +18,11 @@ from ..format.names import REPORT as REPORT_FILE
 from ..format.shard_writer import ShardWriter, shard_bytes
 from ..models.device import choose_device
 from ..models.documents import read_documents
+from ..models.seen import SEEN, encode
+from ..models.seen import fingerprints as fingerprints_of
 from ..models.source import Source, open_source
 from ..models.text import HELD_OUT, check_vocabulary, load_tokenizer, sequence_length, sequences, split
+from ..pictures import check_available
 from ..progress import Progress, silent
 from . import plot as pictures
 from .card import write_card
@@ -64,7 +67,7 @@ def convert(
     shard_bytes(asked.max_shard_size)
     device = choose_device(asked.device)
     if asked.plot:
-        pictures.check_available()
+        check_available()
     check_target(Path(out), model, asked.overwrite)
     source = open_source(
         model, asked.revision, asked.token, asked.trust_remote_code, asked.dry_run, tqdm_class, progress
@@ -141,6 +144,7 @@ def convert(
             "basis": basis | ({"logits_differ": differs} if turn else {}),
             "calibration": config.calibration,
             "verification": {"sequences": len(held_out), **proof.as_dict()},
+            SEEN: encode(fingerprints_of(torch.cat([seen, held_out]))),
         }
         write_json(folder / REPORT_FILE, report)
         write_card(folder, source, report)

@@ -7,25 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import OptionError
+from .. import pictures
 from ..fitting.budget import Budget
 from ..fitting.histogram import ScoreHistogram
 from ..format.names import split_layer
 
 SPARSITY_PNG = "wina_sparsity.png"
 SCORES_PNG = "wina_scores.png"
-
-
-def check_available() -> None:
-    """Refuse early where matplotlib is missing.
-
-    Raises:
-        OptionError: it is.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise OptionError("--plot needs matplotlib; pip install 'wina-convert[plot]'") from error
 
 
 @dataclass(frozen=True)
@@ -69,7 +57,7 @@ def draw_sparsity(path: Path, report: Mapping[str, Any], budget: Budget) -> None
     Where kinds are asked for unlike sparsities, a dashed line in the colour of each says for which.
     """
     asked = report["options"]["sparsity"]
-    figure, ((axes,),) = _figure(9, 5)
+    figure, ((axes,),) = pictures.figure(9, 5)
     kinds: dict[str, list[tuple[int, float]]] = {}
     shares: dict[str, float] = {}
     for name, achieved in report["verification"]["held_out"]["projections"].items():
@@ -92,7 +80,7 @@ def draw_sparsity(path: Path, report: Mapping[str, Any], budget: Budget) -> None
     axes.set_ylim(min(low, asked - 0.05), max(high, asked + 0.05))
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    _save(figure, path)
+    pictures.save(figure, path)
 
 
 def draw_scores(path: Path, sparsity: float, curves: Mapping[str, ScoreCurve]) -> None:
@@ -105,7 +93,7 @@ def draw_scores(path: Path, sparsity: float, curves: Mapping[str, ScoreCurve]) -
         kinds.setdefault(kind, []).append((layer, curve))
     columns = min(4, len(kinds))
     rows = -(-len(kinds) // columns)
-    figure, grid = _figure(max(4 * columns, 7), 3 * rows, rows, columns)
+    figure, grid = pictures.figure(max(4 * columns, 7), 3 * rows, rows, columns)
     for axes, (kind, members) in zip(grid.flat, kinds.items(), strict=False):
         last = max(layer for layer, _ in members)
         for layer, curve in members:
@@ -118,24 +106,10 @@ def draw_scores(path: Path, sparsity: float, curves: Mapping[str, ScoreCurve]) -
     for axes in grid.flat[len(kinds) :]:
         axes.set_visible(False)
     figure.supxlabel(f"score |x| · column weight; ticks are the thresholds at {sparsity:.0%}, dark lines early layers")
-    _save(figure, path)
+    pictures.save(figure, path)
 
 
 def _layer_and_kind(name: str) -> tuple[int, str]:
     place = split_layer(name)
     assert place is not None  # gated projections are in layers
     return place[1], place[2]
-
-
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    return figure, axes
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=120, metadata={"Software": None})
