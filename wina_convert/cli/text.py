@@ -24,14 +24,29 @@ def report_text(report: dict[str, Any], out: str, seconds: float) -> str:
             f"  perplexity    dense {held_out['dense_perplexity']:.2f}, gated {held_out['perplexity']:.2f} ({rise:+.1%})",
             f"  bytes/token   {size(reads['dense'])} -> {size(reads['gated'])} ({reads['gated'] / reads['dense'] - 1:+.0%})",
             f"  basis         {basis_text(report['basis'])}",
+            *within_text(report["verification"].get("max_ppl_increase")),
             f'Try it: wina generate {out} --prompt "Once upon a time"',
         ]
     )
 
 
+def within_text(within: dict[str, Any] | None) -> list[str]:
+    """The largest sparsity within a loss, where one was asked for: of all gated weights, and of the feed-forward ones."""
+    if within is None:
+        return []
+    name = f"PPL-{within['allowed']:g}%"
+    if not within["sparsity"]:
+        return [f"  {name:<13} no sparsity measured stays within it: the default is 0"]
+    inside = within["achieved_feed_forward"]
+    alone = "" if inside is None else f", {inside:.2%} of the feed-forward ones alone"
+    return [
+        f"  {name:<13} {within['achieved']:.2%} of all gated weights{alone}, at {within['increase']:+.2f}% perplexity"
+    ]
+
+
 def plan_text(plan: dict[str, Any], out: str) -> str:
     """What a dry run tells."""
-    reads = plan["bytes_per_token"]
+    reads, allowed = plan["bytes_per_token"], plan["max_ppl_increase"]
     kinds: dict[tuple[str, int, int], int] = {}
     for name, shape in plan["projections"].items():
         kind = ".".join(part for part in name.split(".")[-2:])
@@ -46,6 +61,11 @@ def plan_text(plan: dict[str, Any], out: str) -> str:
             "",
             f"  bytes/token   {size(reads['dense'])} -> {size(reads['gated'])} at {plan['sparsity']:.1%} sparsity "
             f"({reads['gated'] / reads['dense'] - 1:+.0%})",
+            *(
+                [f"  default       the largest sparsity within {allowed:+g}% of perplexity, found at conversion"]
+                if allowed
+                else []
+            ),
             f"  basis         {basis_text(plan['basis'])}",
             f"  disk          {size(plan['disk_bytes'])} in {out}",
             f"  time          about {duration(plan['seconds'])}, the download aside",

@@ -4,6 +4,7 @@ Imports nothing heavy, so that the command line's help shows at once.
 """
 
 import inspect
+import math
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -33,6 +34,13 @@ class ConversionOptions:
 
     sparsity: float = _option(
         0.5, REPORT, "Default fraction of the gated weights to skip, 0 to 0.95. All others are stored too."
+    )
+    max_ppl_increase: float | None = _option(
+        None,
+        REPORT,
+        "Make the default sparsity the largest whose perplexity on held-out calibration text is at most so many percent above "
+        "the dense model's (PPL-p% sparsity).",
+        shown="--sparsity is the default",
     )
     calibration: str = _option(
         BUNDLED,
@@ -87,6 +95,8 @@ class ConversionOptions:
         from ..fitting.schemes import SCHEMES
 
         object.__setattr__(self, "sparsity", check_sparsity(self.sparsity))
+        if self.max_ppl_increase is not None and not 0 < self.max_ppl_increase < math.inf:
+            raise OptionError(f"max ppl increase is {self.max_ppl_increase}; give a number of percent above 0")
         check_name("basis", self.basis, BASES)
         check_name("scheme", self.scheme, SCHEMES)
         check_name("allocation", self.allocation, ALLOCATIONS)

@@ -29,6 +29,7 @@ from .card import write_card
 from .estimate import disk_bytes, plan_report, shape_report
 from .files import check_space, check_target, copy_sidecars, write_config, write_json
 from .layers import write_layers
+from .loss_limit import sparsity_within, within_report
 from .options import IDENTITY, REPORT, ConversionOptions, documented
 from .plan import make_plan
 from .proof import prove
@@ -79,7 +80,8 @@ def convert(
     basis = turn.shown() if turn else {"kind": "none"}
     length = sequence_length(source, asked.seq_len)
     if asked.dry_run:
-        return plan_report(source, plan, turn, asked.sparsity, asked.samples, length, device)
+        planned = plan_report(source, plan, turn, asked.sparsity, asked.samples, length, device)
+        return planned | {"max_ppl_increase": asked.max_ppl_increase}
     check_space(Path(out), disk_bytes(source, plan, turn, asked.sparsity, asked.samples, length))
     # A CPU gains nothing from more sequences at a time, and one by one they give the same bits.
     at_a_time = 1 if device.type == "cpu" else asked.batch_size
@@ -135,15 +137,20 @@ def convert(
             )
         write_config(folder, written, config, plan)
         copy_sidecars(source, folder)
+        if asked.max_ppl_increase is not None:
+            most = sparsity_within(source, folder, asked.max_ppl_increase, held_out, device, at_a_time, progress)
+            config = replace(config, sparsity=most)
+            write_config(folder, written, config, plan)
         proof = prove(written, plan, folder, held_out, device, at_a_time, progress, source if turn else None)
+        within = within_report(plan, source.architecture.mlp, asked.max_ppl_increase, proof.held_out)
         report = {
             "versions": versions,
             "source": config.source,
             "options": used.deciding(REPORT),
-            **shape_report(plan, used.sparsity),
+            **shape_report(plan, proof.held_out.sparsity),
             "basis": basis | ({"logits_differ": differs} if turn else {}),
             "calibration": config.calibration,
-            "verification": {"sequences": len(held_out), **proof.as_dict()},
+            "verification": {"sequences": len(held_out), **proof.as_dict(), **within},
             SEEN: encode(fingerprints_of(torch.cat([seen, held_out]))),
         }
         write_json(folder / REPORT_FILE, report)

@@ -56,7 +56,7 @@ def draw_sparsity(path: Path, report: Mapping[str, Any], budget: Budget) -> None
 
     Where kinds are asked for unlike sparsities, a dashed line in the colour of each says for which.
     """
-    asked = report["options"]["sparsity"]
+    asked = report["verification"]["held_out"]["sparsity"]
     figure, ((axes,),) = pictures.figure(9, 5)
     kinds: dict[str, list[tuple[int, float]]] = {}
     shares: dict[str, float] = {}
