@@ -248,9 +248,9 @@ def test_an_interrupted_conversion_goes_on_to_the_same_bytes(tmp_path: Path):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
 
 
-@pytest.mark.parametrize("allocation", ["greedy", "", "Types", None, [], 7])
+@pytest.mark.parametrize("allocation", ["Greedy", "", "Types", None, [], 7])
 def test_an_unknown_allocation_is_refused_before_anything_is_read(allocation: Any, tmp_path: Path):
-    with pytest.raises(OptionError, match=r"allocation is .*; give one of uniform, types"):
+    with pytest.raises(OptionError, match=r"allocation is .*; give one of uniform, types, greedy"):
         wina_convert.convert(str(tmp_path / "nowhere"), tmp_path / "out", allocation=allocation)
 
 

@@ -63,7 +63,8 @@ class ConversionOptions:
     allocation: str = _option(
         "types",
         REPORT,
-        "How the sparsity is divided: types (by type of projection, as was best on small models) or uniform (all alike).",
+        "How the sparsity is divided: types (by type of projection, as was best on small models), uniform (all alike) or greedy "
+        "(TEAL's search within each layer, slow; to compare).",
     )
     batch_size: int = _option(1, REPORT, "Sequences computed at a time on a GPU; a CPU takes one, which is as fast.")
     seed: int = _option(0, REPORT, "Seed of the choice of sequences.")

@@ -33,6 +33,7 @@ from .loss_limit import sparsity_within, within_report
 from .options import IDENTITY, REPORT, ConversionOptions, documented
 from .plan import make_plan
 from .proof import prove
+from .search import carried_shares, searched
 from .staging import staged
 from .turn import basis_sequences, carried_basis, find_basis, plan_turn, restored_basis, turned_source
 from .turn_proof import check_turned
@@ -102,7 +103,7 @@ def convert(
         modules=[projection.name for projection in plan.projections],
         scheme=plan.scheme.name,
         allocation=plan.budget.allocation,
-        shares=plan.budget.by_kind(),
+        shares=plan.budget.stored(),
         basis=basis,
         calibration={
             "text": text,
@@ -123,7 +124,8 @@ def convert(
         "calibration": config.calibration | {"basis_sha256": digest(shown), "held_out_sha256": digest(held_out)},
     }
     with staged(Path(out), identity, asked.resume, asked.keep, asked.overwrite) as staging:
-        folder, written, carried, differs = staging.folder, source, {}, None
+        folder, written, differs = staging.folder, source, None
+        carried: dict[str, Tensor] = {}
         if turn:
             found = restored_basis(turn, staging.snapshot) or find_basis(
                 turn, plan.dtype, shown, at_a_time, device, asked.seed, progress
@@ -131,6 +133,9 @@ def convert(
             differs = check_turned(turn, found, held_out, device, progress)
             written = turned_source(turn, found, plan.dtype if plan.cast else None, device)
             carried = carried_basis(found)
+        plan = searched(plan, written, config, tokens, at_a_time, device, staging.snapshot, progress)
+        config = replace(config, shares=plan.budget.stored())
+        carried |= carried_shares(plan)
         with ShardWriter(folder, plan.tensors, asked.max_shard_size, staging.snapshot is not None) as shards:
             curves = write_layers(
                 written, plan, config, tokens, at_a_time, device, shards, staging, carried, progress, asked.plot

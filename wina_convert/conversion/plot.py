@@ -54,20 +54,23 @@ def draw_conversion(folder: Path, report: Mapping[str, Any], curves: Mapping[str
 def draw_sparsity(path: Path, report: Mapping[str, Any], budget: Budget) -> None:
     """One line per kind of projection: the sparsity achieved on held-out calibration text, by layer.
 
-    Where kinds are asked for unlike sparsities, a dashed line in the colour of each says for which.
+    Where kinds are asked for unlike sparsities, a dashed line in the colour of each says for which (in the mean
+    over the layers, where these differ too).
     """
     asked = report["verification"]["held_out"]["sparsity"]
     figure, ((axes,),) = pictures.figure(9, 5)
     kinds: dict[str, list[tuple[int, float]]] = {}
-    shares: dict[str, float] = {}
+    shares: dict[str, list[float]] = {}
     for name, achieved in report["verification"]["held_out"]["projections"].items():
         layer, kind = _layer_and_kind(name)
         kinds.setdefault(kind, []).append((layer, achieved))
-        shares[kind] = budget.asked(name, asked)
+        shares.setdefault(kind, []).append(budget.asked(name, asked))
     for kind, points in kinds.items():
         (line,) = axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.2, label=kind)
         if budget.shares:
-            axes.axhline(shares[kind], color=line.get_color(), linestyle="--", linewidth=0.8, alpha=0.6)
+            axes.axhline(
+                sum(shares[kind]) / len(shares[kind]), color=line.get_color(), linestyle="--", linewidth=0.8, alpha=0.6
+            )
     axes.axhline(asked, color="black", linestyle="--", linewidth=1.2, label=f"asked {asked:.0%}")
     axes.set(
         xlabel="decoder layer",

@@ -42,7 +42,7 @@ class Inspection:
         source: name of what was converted.
         scheme: how the scores were weighted.
         allocation: how the sparsity was divided among the projections.
-        asked: the fraction asked of each kind of projection at the default sparsity.
+        asked: the fraction asked of each kind of projection at the default sparsity, in the mean over the layers.
         basis: the kind of basis that is folded into the weights; "none": the source's.
         layers: its layers with gated projections.
         measured_at: the sparsity at which `achieved` was measured; None without a report.
@@ -109,12 +109,20 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         source=str(config.source.get("name", "unknown")),
         scheme=config.scheme,
         allocation=config.allocation,
-        asked={kind_of(name): budget.asked(name, sparsity) for name in keys},
+        asked=_by_kind({name: budget.asked(name, sparsity) for name in keys}),
         basis=str(config.basis.get("kind", "unknown")),
         layers=tuple(layers),
         measured_at=held_out[0] if held_out else None,
         other_bytes=sum(spec.nbytes for spec in specs.values()) - gated,
     )
+
+
+def _by_kind(asked: Mapping[str, float]) -> dict[str, float]:
+    """The mean over the layers; those of a kind are of one size."""
+    kinds: dict[str, list[float]] = {}
+    for name, share in asked.items():
+        kinds.setdefault(kind_of(name), []).append(share)
+    return {kind: sum(shares) / len(shares) for kind, shares in kinds.items()}
 
 
 def _held_out(folder: Path, names: Iterable[str]) -> tuple[float, Mapping[str, float]] | None:
