@@ -87,7 +87,7 @@ def inspect_command(folder: str, as_json: bool) -> None:
     callback=fractions,
     help="Fractions, such as 0.25,0.5.  [default: DIR's]",
 )
-@click.option("--samples", type=int, help="Sequences, spread evenly over the text.  [default: 64]")
+@click.option("--samples", type=int, help="Sequences, as many from each text, spread evenly over it.  [default: 64]")
 @click.option("--seq-len", type=int, help="Tokens of a sequence.  [default: 512, or the model's context if shorter]")
 @click.option(
     "--protocol",

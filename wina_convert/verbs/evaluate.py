@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,7 @@ def evaluate(
         texts: files or dataset names, see `documents.read_documents`.
         sparsities: fractions to skip; none: each checkpoint's default.
         source: the dense model, local or on the Hub, to compare with.
-        samples: sequences to use, spread evenly over the text; None: 64.
+        samples: sequences to use, as many from each text and spread evenly over it; None: 64.
         seq_len: tokens of a sequence; None: 512, or the model's context where that is shorter.
         protocol: how papers cut the text, see `protocol.cut`; it leaves samples and length no choice.
         compare: where there is no source, compare each checkpoint with itself at sparsity 0.
@@ -147,9 +146,8 @@ def made(config: WinaConfig) -> str:
 def _cut(
     checkpoint: Checkpoint, texts: Sequence[str], protocol: str | None, samples: int | None, seq_len: int | None
 ) -> tuple[Tensor, Protocol]:
-    documents = chain.from_iterable(read_documents(text) for text in texts)
-    tokenizer = load_tokenizer(checkpoint.folder)
-    return cut(documents, tokenizer, checkpoint.folder, ", ".join(texts), protocol, samples, seq_len)
+    documents = {text: read_documents(text) for text in texts}
+    return cut(documents, load_tokenizer(checkpoint.folder), checkpoint.folder, protocol, samples, seq_len)
 
 
 def _shape(model: StreamedModel) -> tuple[int, torch.Size]:
