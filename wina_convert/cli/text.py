@@ -116,8 +116,9 @@ def comparison_text(found: "Sequence[Evaluation]", texts: Sequence[str]) -> str:
 
 def _measured_on(found: "Sequence[Evaluation]", texts: Sequence[str]) -> list[str]:
     """On what, how it was cut, and whether a conversion may have seen it."""
-    tokens = found[0].measurements[0].tokens
-    lines = [f"{tokens} predicted tokens of {', '.join(texts)}", *dict.fromkeys(one.protocol.shown() for one in found)]
+    lines = []
+    for tokens, protocol in dict.fromkeys((one.measurements[0].tokens, one.protocol) for one in found):
+        lines += [f"{tokens} predicted tokens of {', '.join(texts)}", protocol.shown()]
     for one in found:
         if not one.seen_recorded:
             lines.append(

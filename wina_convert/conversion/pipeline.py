@@ -18,8 +18,7 @@ from ..format.names import REPORT as REPORT_FILE
 from ..format.shard_writer import ShardWriter, shard_bytes
 from ..models.device import choose_device
 from ..models.documents import read_documents
-from ..models.seen import SEEN, encode
-from ..models.seen import fingerprints as fingerprints_of
+from ..models.seen import SEEN, record
 from ..models.source import Source, open_source
 from ..models.text import HELD_OUT, check_vocabulary, load_tokenizer, sequence_length, sequences, split
 from ..pictures import check_available
@@ -156,7 +155,7 @@ def convert(
             "basis": basis | ({"logits_differ": differs} if turn else {}),
             "calibration": config.calibration,
             "verification": {"sequences": len(held_out), **proof.as_dict(), **within},
-            SEEN: encode(fingerprints_of(torch.cat([seen, held_out]))),
+            SEEN: record(torch.cat([seen, held_out])),
         }
         write_json(folder / REPORT_FILE, report)
         write_card(folder, source, report)

@@ -48,6 +48,11 @@ def _hashes(tokens: Tensor) -> Tensor:
     return (hashes[(hashes >> 28) % KEPT == 0] >> 32) & 0xFFFFFFFF
 
 
+def record(tokens: Tensor) -> str:
+    """What a report holds of the text that a conversion saw, [N, S] int64."""
+    return encode(fingerprints(tokens))
+
+
 def encode(found: Tensor) -> str:
     """Fingerprints as text: base64 of little-endian 32-bit numbers."""
     return base64.b64encode(found.numpy().astype("<u4").tobytes()).decode()

@@ -30,6 +30,7 @@ def draw_loss(path: Path, found: Sequence[Evaluation]) -> None:
         OptionError: the file cannot be written.
     """
     figure, ((axes,),) = pictures.figure(9, 5)
+    names = [Path(evaluation.checkpoint).name for evaluation in found]
     for number, evaluation in enumerate(found):
         points = [(one.achieved, one.rise) for one in evaluation.measurements if one.rise and one.rise > 0]
         axes.plot(
@@ -38,7 +39,7 @@ def draw_loss(path: Path, found: Sequence[Evaluation]) -> None:
             marker=MARKERS[number % len(MARKERS)],
             markersize=5,
             linewidth=1.4,
-            label=f"{Path(evaluation.checkpoint).name}\n({evaluation.made})",
+            label=f"{evaluation.checkpoint if names.count(names[number]) > 1 else names[number]}\n({evaluation.made})",
         )
     tokens = found[0].measurements[0].tokens
     axes.set(
