@@ -20,7 +20,7 @@ from .common import (
     version_option,
 )
 from .convert import command
-from .text import bench_text, by_layer, card_text, table
+from .text import bench_text, card_text, table
 
 TOY = 20_000_000  # parameters below which a model is for trying things out
 
@@ -74,11 +74,14 @@ def inspect_command(folder: str, as_json: bool) -> None:
 
 
 @wina.command("eval")
-@click.argument("folder", metavar="DIR")
+@click.argument("folders", metavar="DIR...", nargs=-1, required=True)
 @click.option(
     "--text", "texts", multiple=True, required=True, help="Text file or dataset, as for --calibration; repeat for more."
 )
-@click.option("--source", help="The dense model, folder or Hub id, to compare with.")
+@click.option(
+    "--source",
+    help="The dense model, folder or Hub id, to compare with.  [default with several DIRs or --plot: each DIR at sparsity 0]",
+)
 @click.option(
     "--sparsity",
     "sparsities",
@@ -86,42 +89,56 @@ def inspect_command(folder: str, as_json: bool) -> None:
     callback=fractions,
     help="Fractions, such as 0.25,0.5.  [default: DIR's]",
 )
-@click.option("--samples", default=64, show_default=True, help="Sequences, spread evenly over the text.")
+@click.option("--samples", type=int, help="Sequences, as many from each text, spread evenly over it.  [default: 64]")
 @click.option("--seq-len", type=int, help="Tokens of a sequence.  [default: 512, or the model's context if shorter]")
+@click.option(
+    "--protocol",
+    help="wikitext: the whole text in blocks of 2,048 tokens (or the context) without overlap, one BOS, as papers measure.",
+)
 @click.option("--batch-size", default=1, show_default=True, help="Sequences computed at a time.")
+@click.option("--plot", metavar="FILE.png", help="Also draw loss against sparsity (needs the extra 'plot').")
 @device_option
 @click.option("--revision", help="Branch, tag or commit of the source.")
 @click.option("--token", help="Hub access token.  [default: that of `hf auth login`]")
 @quiet_option
 @json_option
-def eval_command(folder: str, device: str, quiet: bool, as_json: bool, texts: Sequence[str], **options: Any) -> None:
-    """Measure a checkpoint on text: perplexity, KL and agreement with the dense source, achieved sparsity.
+def eval_command(
+    folders: Sequence[str],
+    device: str,
+    quiet: bool,
+    as_json: bool,
+    texts: Sequence[str],
+    plot: str | None,
+    **options: Any,
+) -> None:
+    """Measure checkpoints on text: perplexity, KL and agreement with the dense source, achieved sparsity.
+
+    Several DIRs come in one table, with the bytes and multiply-accumulates of a token. Text that a conversion saw is refused.
 
     \b
-    Example:
+    Examples:
       wina eval ./llama-wina --text held-out.txt --source meta-llama/Llama-3-8B --sparsity 0.25,0.5
+      wina eval ./wina ./teal --text held-out.txt --sparsity 0.25,0.4,0.5,0.65,0.75 --plot loss.png
     """
+    from pathlib import Path
+
     from ..models.device import choose_device
     from ..verbs.evaluate import evaluate
+    from ..verbs.loss_picture import check_file, draw_loss
+    from .text import comparison_text, evaluation_text
 
     quiet_transformers()
-    measured = evaluate(folder, texts, device=choose_device(device), progress=progress_of(quiet), **options)
+    if plot:
+        check_file(Path(plot))
+    several = len(folders) > 1
+    options |= {"compare": several or plot is not None, "progress": progress_of(quiet)}
+    found = evaluate(folders, texts, device=choose_device(device), **options)
+    if plot:
+        draw_loss(Path(plot), found)
     if as_json:
-        print_json([dataclasses.asdict(one) for one in measured])
-        return
-    compared = measured[0].dense_perplexity is not None
-    rows = [["sparsity", "achieved", "perplexity", *(["dense", "rise", "KL", "top-1 agreement"] if compared else [])]]
-    for one in measured:
-        row = [f"{one.sparsity:.1%}", f"{one.achieved:.2%}", f"{one.perplexity:.3f}"]
-        if one.dense_perplexity is not None:
-            rise = one.perplexity / one.dense_perplexity - 1
-            row += [f"{one.dense_perplexity:.3f}", f"{rise:+.2%}", f"{one.kl:.4f}", f"{one.agreement:.1%}"]
-        rows.append(row)
-    click.echo(f"{measured[0].tokens} predicted tokens of {', '.join(texts)}\n")
-    click.echo(table(rows))
-    for one in measured:
-        click.echo(f"\nachieved by projection at {one.sparsity:.1%}\n")
-        click.echo(table(by_layer({name: f"{fraction:.1%}" for name, fraction in one.projections.items()})))
+        print_json([row for one in found for row in one.rows()])
+    else:
+        click.echo(comparison_text(found, texts) if several else evaluation_text(found[0], texts))
 
 
 @wina.command("generate")

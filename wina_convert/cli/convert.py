@@ -38,7 +38,7 @@ def _option(field: "Field[Any]") -> click.Option:
             help=text,
         )
     if field.default is None:
-        kind = int if "int" in str(field.type) else str
+        kind = next((kind for kind in (int, float) if kind.__name__ in str(field.type)), str)
         shown = f"  [default: {field.metadata['shown']}]" if field.metadata["shown"] else ""
         return click.Option(names, type=kind, help=text + shown)
     return click.Option(names, default=field.default, show_default=True, help=text)

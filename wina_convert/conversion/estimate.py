@@ -13,6 +13,7 @@ from ..models.source import Source
 from ..models.text import HELD_OUT
 from ..runtime.kernels import gated_linear
 from .plan import ConversionPlan
+from .search import search_sequences
 from .turn import Turn, basis_sequences
 
 # What a dry run assumes to tell the time; the products, most of the work on a large model, it measures.
@@ -56,7 +57,7 @@ def plan_report(
     """What a dry run tells: what would be gated and what left out, bytes a token before and after, time and disk."""
     calibrated = len(levels(sparsity)) * (samples + min(PILOT, samples))
     passes = (
-        calibrated + 3 * HELD_OUT + (basis_sequences(samples, length) if turn else 0)
+        calibrated + 3 * HELD_OUT + (basis_sequences(samples, length) if turn else 0) + search_sequences(plan)
     )  # sequences that go through a layer
     layer_weights = sum(spec.numel for spec in source.tensors.values()) - plan.embedding_bytes // plan.dtype.itemsize
     scored = calibrated * length * sum(projection.in_features for projection in plan.projections)

@@ -4,6 +4,7 @@ Imports nothing heavy, so that the command line's help shows at once.
 """
 
 import inspect
+import math
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -34,6 +35,13 @@ class ConversionOptions:
     sparsity: float = _option(
         0.5, REPORT, "Default fraction of the gated weights to skip, 0 to 0.95. All others are stored too."
     )
+    max_ppl_increase: float | None = _option(
+        None,
+        REPORT,
+        "Make the default sparsity the largest whose perplexity on held-out calibration text is at most so many percent above "
+        "the dense model's (PPL-p% sparsity).",
+        shown="--sparsity is the default",
+    )
     calibration: str = _option(
         BUNDLED,
         REPORT,
@@ -56,7 +64,8 @@ class ConversionOptions:
     allocation: str = _option(
         "types",
         REPORT,
-        "How the sparsity is divided: types (by type of projection, as was best on small models) or uniform (all alike).",
+        "How the sparsity is divided: types (by type of projection, as was best on small models), uniform (all alike) or greedy "
+        "(TEAL's search within each layer, slow; to compare).",
     )
     batch_size: int = _option(1, REPORT, "Sequences computed at a time on a GPU; a CPU takes one, which is as fast.")
     seed: int = _option(0, REPORT, "Seed of the choice of sequences.")
@@ -94,6 +103,8 @@ class ConversionOptions:
         from ..format.dtypes import dtype_name
 
         object.__setattr__(self, "sparsity", check_sparsity(self.sparsity))
+        if self.max_ppl_increase is not None and not 0 < self.max_ppl_increase < math.inf:
+            raise OptionError(f"max ppl increase is {self.max_ppl_increase}; give a number of percent above 0")
         check_name("basis", self.basis, BASES)
         check_name("scheme", self.scheme, SCHEMES)
         check_name("allocation", self.allocation, ALLOCATIONS)

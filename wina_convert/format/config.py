@@ -112,7 +112,9 @@ class WinaConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The block to store, in the format version that the checkpoint has."""
-        stored = {name: value for name, value in asdict(self).items() if self.format_version > 1 or name not in NEW_IN_2}
+        stored = {
+            name: value for name, value in asdict(self).items() if self.format_version > 1 or name not in NEW_IN_2
+        }
         return stored if self.biases else {name: value for name, value in stored.items() if name != "biases"}
 
 

@@ -1,5 +1,6 @@
 """What a causal LM's decoder layers are made of: the projections that can be gated, and what a token only looks up."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -99,13 +100,23 @@ def find_projections(
     return found
 
 
-def lookup_bytes(model: PreTrainedModel, keys: dict[str, str], stored_bytes: dict[str, int]) -> int:
-    """Bytes of the embeddings that a token only looks up: not the tied input embedding, which is the head as well."""
+def looked_up(model: PreTrainedModel, keys: Mapping[str, str]) -> set[str]:
+    """The embeddings that a token only looks up, by parameter: not the tied input embedding, which is the head as well.
+
+    Args:
+        model: the skeleton.
+        keys: checkpoint key of each stored parameter.
+    """
     head = model.get_output_embeddings()
     own_head = any(keys.get(f"{name}.{WEIGHT}") for name, module in model.named_modules() if module is head)
-    looked_up = {
+    found = {
         f"{name}.{WEIGHT}"
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and (own_head or module is not model.get_input_embeddings())
     }
-    return sum(stored_bytes[keys[name]] for name in looked_up if name in keys)
+    return found & keys.keys()
+
+
+def lookup_bytes(model: PreTrainedModel, keys: dict[str, str], stored_bytes: dict[str, int]) -> int:
+    """Bytes of the embeddings that a token only looks up."""
+    return sum(stored_bytes[keys[name]] for name in looked_up(model, keys))
