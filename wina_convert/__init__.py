@@ -16,15 +16,15 @@ from .runtime.autoload import arm
 
 if TYPE_CHECKING:
     from .conversion.pipeline import convert
-    from .format.config import WinaConfig
     from .runtime.install import set_sparsity
     from .runtime.loader import load
+    from .runtime.quantization import WinaConfig
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 __all__ = ["WinaConfig", "WinaError", "convert", "load", "set_sparsity"]
 
 _LAZY = {
-    "WinaConfig": "format.config",
+    "WinaConfig": "runtime.quantization",
     "convert": "conversion.pipeline",
     "load": "runtime.loader",
     "set_sparsity": "runtime.install",

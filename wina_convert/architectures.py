@@ -116,6 +116,9 @@ DENSE = {
     r"(^|\.)(router|gate|shared_expert_gate)$": "chooses experts",
 }
 
+RECURRENT = "it has recurrent state only, whose kernels read the weights past the modules"
+REFUSED = {"mamba": RECURRENT, "mamba2": RECURRENT, "falcon_mamba": RECURRENT, "rwkv": RECURRENT, "xlstm": RECURRENT}
+
 PRE_NORM = Residual(
     readers=(
         ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),

@@ -24,6 +24,7 @@ BAD_OPTIONS = {
     "device xla": (("--device", "xla"), ("device is 'xla'", "auto, cpu or cuda")),
     "dtype int3": (("--dtype", "int3"), ("dtype is 'int3'", "auto, float32, bfloat16, float16")),
     "dtype int8": (("--dtype", "int8"), ("dtype is 'int8'", "auto, float32, bfloat16, float16")),
+    "device cuda": (("--device", "cuda:9"), ("device is 'cuda:9'", "CUDA")),
     "samples 0": (("--samples", "0"), ("samples is 0", "at least 1")),
     "samples -1": (("--samples", "-1"), ("samples is -1", "at least 1")),
     "samples 1.5": (("--samples", "1.5"), ("--samples", "1.5")),
@@ -64,3 +65,9 @@ def test_a_verb_without_its_folder_is_refused(verb: str):
 
 def test_a_verb_that_does_not_exist_is_refused():
     refused(run_wina("nosuch"), "nosuch")
+
+
+@pytest.mark.parametrize("device", ["tpu", "", "xla", "cuda:99"])
+def test_a_device_is_refused_in_words_of_our_own(device: str, source: Path, tmp_path: Path):
+    line = refused(run(source, "--out", tmp_path / "out", "--device", device), "auto, cpu or cuda")
+    assert not any(name in line for name in ("mkldnn", "opencl", "privateuseone", "Expected one of", "driver"))

@@ -194,7 +194,7 @@ def test_the_picture_of_the_sparsity_has_a_line_for_what_is_asked_of_each_kind(
     divided: Divided, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     drawn: list[Any] = []
-    monkeypatch.setattr(plot, "_save", lambda figure, path: drawn.append(figure.axes[0]))
+    monkeypatch.setattr(plot.pictures, "save", lambda figure, path: drawn.append(figure.axes[0]))
     shares = divided.shares(0.5)
     budget = Budget("types", {name: (0.0, share) for name, share in shares.items()}, (0.0, 0.5))
     for each in (budget, Budget()):
@@ -249,9 +249,9 @@ def test_an_interrupted_conversion_goes_on_to_the_same_bytes(tmp_path: Path):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
 
 
-@pytest.mark.parametrize("allocation", ["greedy", "", "Types", None, [], 7])
+@pytest.mark.parametrize("allocation", ["Greedy", "", "Types", None, [], 7])
 def test_an_unknown_allocation_is_refused_before_anything_is_read(allocation: Any, tmp_path: Path):
-    with pytest.raises(OptionError, match=r"allocation is .*; give one of uniform, types"):
+    with pytest.raises(OptionError, match=r"allocation is .*; give one of uniform, types, greedy"):
         wina_convert.convert(str(tmp_path / "nowhere"), tmp_path / "out", allocation=allocation)
 
 

@@ -167,7 +167,7 @@ def test_gpt2_as_on_the_hub_without_prefix_and_with_stray_buffers(tmp_path: Path
     assert_equals_reference(dense, tmp_path / "gated", 0.5)
     written = tensors_of(tmp_path / "gated")
     assert not any(name.startswith("transformer.") for name in written)
-    assert all(torch.equal(written[name], tensor) for name, tensor in stray.items())
+    assert not set(stray) & set(written)
 
 
 def test_gpt_neox_as_pythia_stores_its_head(tmp_path: Path) -> None:

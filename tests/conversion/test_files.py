@@ -140,7 +140,12 @@ def test_retarget_changes_the_one_number(
     succeeded(result)
     assert "31.2%" in result.stdout
     after = contents(out)
-    assert {name for name in before if before[name] != after[name]} == {"config.json", MANIFEST}
+    assert {name for name in before if before[name] != after[name]} == {
+        "config.json",
+        "README.md",
+        "wina_report.json",
+        MANIFEST,
+    }
     assert set(after) == set(before)
     old, new = before["config.json"], after["config.json"]
     start = next(i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b)

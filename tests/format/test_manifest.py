@@ -32,7 +32,7 @@ def test_a_manifest_names_every_file_with_its_size_and_hash(converted: Path):
     }
     assert entries(converted) == expected
     assert {"config.json", "LICENSE", "docs/usage.md", "README.md", "wina_report.json"} <= set(expected)
-    assert verify_folder(converted) == len(expected)
+    assert verify_folder(converted).files == len(expected)
 
 
 def test_a_manifest_written_again_is_the_same_and_leaves_out_what_the_hub_keeps_beside_a_download(copied: Path):
@@ -72,7 +72,7 @@ def test_a_file_name_that_is_not_utf_8_is_carried_or_refused(source: Path, tmp_p
 
 def test_a_renewed_manifest_is_the_one_that_would_be_written(copied: Path):
     content = (copied / "config.json").read_bytes() + b"\n"
-    renewed = renewed_manifest(copied, "config.json", content)
+    renewed = renewed_manifest(copied, {"config.json": content})
     (copied / "config.json").write_bytes(content)
     write_manifest(copied)
     assert renewed == (copied / MANIFEST).read_bytes()
@@ -107,7 +107,7 @@ def test_a_damaged_manifest_is_refused(damage: Callable[[str], str], copied: Pat
     text = damage((copied / MANIFEST).read_text())
     assert text != (copied / MANIFEST).read_text()
     (copied / MANIFEST).write_text(text)
-    for act in (lambda: verify_folder(copied), lambda: renewed_manifest(copied, "config.json", b"{}")):
+    for act in (lambda: verify_folder(copied), lambda: renewed_manifest(copied, {"config.json": b"{}"})):
         with pytest.raises(CheckpointError, match=f"{MANIFEST} is damaged; get it again"):
             act()
     before = contents(copied)

@@ -6,6 +6,7 @@
 import ast
 import json
 import re
+import shutil
 import struct
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 
 import wina_convert
 from support.families import make_model
-from support.folders import config_of, tensors_of, threshold_of, weight_key
+from support.folders import bias_of, config_of, tensors_of, threshold_of, weight_key, write_biases
 from support.reader import Reader
 from wina_convert import WinaConfig, convert
 from wina_convert.runtime.linear import WinaLinear, gated_modules
@@ -75,13 +76,24 @@ def converted(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     return {name: folder / name for name in sources}
 
 
+@pytest.fixture(scope="module")
+def biased(converted: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The float32 llama, which has no bias, and the GPT-2, which has, with random biases along the sparsity."""
+    folder = tmp_path_factory.mktemp("biased")
+    for name in ("float32", "unprefixed"):
+        write_biases(shutil.copytree(converted[name], folder / f"{name}-biased"))
+    return {path.name: path for path in folder.iterdir()}
+
+
 CHECKPOINTS = ["llama-bfloat16-tied", "gpt2-float32", "float32", "bfloat16", "unprefixed"]
+CHECKPOINTS += ["float32-biased", "unprefixed-biased"]
 
 
 @pytest.fixture(params=CHECKPOINTS)
 def checkpoint(request: pytest.FixtureRequest) -> Path:
     golden: Path = GOLDEN / request.param
-    return golden if golden.exists() else request.getfixturevalue("converted")[request.param]
+    made = "biased" if request.param.endswith("biased") else "converted"
+    return golden if golden.exists() else request.getfixturevalue(made)[request.param]
 
 
 def in_float64(folder: Path, module: str, x: Tensor, sparsity: float) -> Tensor:
@@ -90,7 +102,8 @@ def in_float64(folder: Path, module: str, x: Tensor, sparsity: float) -> Tensor:
     key = next(k for k in (module, module.partition(".")[2]) if f"{k}.weight_t" in tensors)
     score = x.double().abs() * tensors[f"{key}.column_norms"]
     keep = score > threshold_of(folder, tensors[f"{key}.thresholds"], sparsity)
-    return (x.double() * keep) @ tensors[f"{key}.weight_t"] + tensors.get(f"{key}.bias", torch.zeros(()))
+    bias = tensors.get(f"{key}.bias", torch.zeros(())) + bias_of(folder, tensors.get(f"{key}.biases"), sparsity)
+    return (x.double() * keep) @ tensors[f"{key}.weight_t"] + bias
 
 
 def test_the_reader_reproduces_every_gated_product(checkpoint: Path) -> None:
@@ -226,6 +239,7 @@ def test_the_text_lists_the_fields_of_the_config_with_their_defaults() -> None:
     assert bare.modules == []
     for name in ("scheme", "allocation"):
         assert absent[name] == f"`{getattr(bare, name)}`"
+    assert (bare.biases, absent["biases"]) == (False, "false")
     for name in ("calibration", "source", "tool_version", "shares"):
         assert absent[name] == "empty"
         assert not getattr(bare, name)
@@ -239,7 +253,7 @@ def test_the_config_of_a_conversion_is_as_the_text_says(sources: dict[str, Path]
         before, after = config_of(sources[name]), config_of(folder)
         assert set(after) - set(before) <= set(names("with these fields added or changed"))
         assert {key: after[key] for key in before} == before
-        assert set(after["quantization_config"]) == set(listed)
+        assert set(after["quantization_config"]) == set(listed) - {"biases"}  # written only if true
         assert f"the text `{after['transformers_weights']}`" in TEXT
         for field in ("calibration", "source"):
             assert all(f"`{key}`" in TEXT for key in after["quantization_config"][field])
@@ -264,16 +278,17 @@ def test_the_text_lists_the_tensors_of_a_projection(checkpoint: Path) -> None:
     biased = False
     gates = gated_modules(model)
     for name, gate in gates.items():
-        assert {leaf for leaf, _ in gate.named_parameters()} | {"bias"} == listed
+        assert {leaf for leaf, _ in gate.named_parameters()} | {"bias", "biases"} == listed
         key = weight_key(checkpoint, name).removesuffix(".weight_t")
         stored = {full.removeprefix(f"{key}.") for full in tensors if full.startswith(f"{key}.")}
         first = {"weight"} if name == next(iter(gates)) else set()
-        assert stored - {"bias"} == (listed - {"bias"}) | first
+        assert stored - {"bias", "biases"} == (listed - {"bias", "biases"}) | first
+        assert ("biases" in stored) == (gate.biases is not None) == checkpoint.name.endswith("biased")
         assert ("bias" in stored) == (gate.bias is not None)
         biased |= gate.bias is not None
         if first:
             assert (tensors[f"{key}.weight"].dtype, tensors[f"{key}.weight"].shape) == (torch.float32, (0,))
-    assert biased or checkpoint.name in ("llama-bfloat16-tied", "float32")
+    assert biased or checkpoint.name in ("llama-bfloat16-tied", "float32", "float32-biased")
 
 
 def test_the_text_lists_the_dtypes_that_the_package_reads() -> None:
@@ -301,8 +316,9 @@ def test_headers_are_ordered_and_padded_as_the_text_says(checkpoint: Path) -> No
 def test_the_text_lists_the_fields_of_the_report(checkpoint: Path) -> None:
     report = json.loads((checkpoint / "wina_report.json").read_text("utf-8"))
     found = rows("`wina_report.json` is for people")
-    old = config_of(checkpoint)["quantization_config"]["format_version"] == 1  # which had no basis
-    assert [row[0].strip("`") for row in found if not (old and row[0] == "`basis`")] == list(report)
+    later = {"`basis`": "0.4", "`unused`": "0.5", "`seen`": "0.5"}
+    missing = {name for name, since in later.items() if report["versions"]["wina-convert"] < since}
+    assert [row[0].strip("`") for row in found if row[0] not in missing] == list(report)
     held = {row[0].strip("`"): row[1] for row in found}
     for field in ("versions", "bytes_per_token", "verification"):
         assert all(f"`{key}`" in held[field] for key in report[field])

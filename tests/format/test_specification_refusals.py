@@ -13,7 +13,7 @@ from torch import Tensor
 
 import wina_convert
 from support import ROOT
-from support.folders import config_of, tensors_of
+from support.folders import config_of, tensors_of, write_biases
 from support.reader import Reader
 from wina_convert.errors import CheckpointError, OptionError
 
@@ -57,6 +57,8 @@ REFUSED: dict[str, Callable[[Path], None]] = {
     "a threshold that is NaN": edit_tensor("thresholds", set_at(3, torch.nan)),
     "thresholds from 1": edit_tensor("thresholds", set_at(0, 1.0)),
     "thresholds that descend": edit_tensor("thresholds", set_at(19, 0.0)),
+    "biases that are NaN": lambda folder: edit_tensor("biases", set_at(3, torch.nan))(write_biases(folder)),
+    "biases from 1": lambda folder: edit_tensor("biases", set_at(0, 1.0))(write_biases(folder)),
     "weights cut off": lambda folder: (folder / "model.safetensors").write_bytes(
         (folder / "model.safetensors").read_bytes()[:3000]
     ),
@@ -78,6 +80,10 @@ REFUSED_BY_THE_PACKAGE: dict[str, Callable[[Path], None]] = {
     "norms in half precision": edit_tensor("column_norms", torch.Tensor.half),
     "too few norms": edit_tensor("column_norms", lambda tensor: tensor[1:]),
     "too few thresholds": edit_tensor("thresholds", lambda tensor: tensor[1:]),
+    "biases in half precision": lambda folder: edit_tensor("biases", torch.Tensor.half)(write_biases(folder)),
+    "too few biases": lambda folder: edit_tensor("biases", lambda tensor: tensor[1:])(write_biases(folder)),
+    "biases of which the config is silent": lambda folder: edit_block(biases=False)(write_biases(folder)),
+    "a config that promises biases": edit_block(biases=True),
     "integer weights": edit_tensor("weight_t", torch.Tensor.short),
 }
 

@@ -1,7 +1,6 @@
 """Calibration text: every form it can have, what is refused, and how it becomes sequences."""
 
 import builtins
-import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,12 +62,76 @@ def test_a_row_of_any_common_form_is_a_document(write: Callable, row: dict, docu
     assert list(read_documents(str(path))) == [document, document]
 
 
-@pytest.mark.parametrize("content", [None, [{"type": "text", "text": "Hi"}]])
-def test_what_is_not_text_in_a_message_does_not_become_text(content: Any, tmp_path: Path):
-    turns = [{"role": "user", "content": "Call it"}, {"role": "assistant", "content": content}]
-    path = jsonl(tmp_path / "rows.jsonl", [{"messages": turns}])
-    with contextlib.suppress(CalibrationError):  # it may be refused as well
-        assert not set(" ".join(read_documents(str(path))).split()) & {"None", "[{'type':"}
+ASKED = {"role": "user", "content": "Call it"}
+PARTS = [{"type": "image", "url": "x"}, {"type": "text", "text": "Hi"}, {"type": "text", "text": "there"}]
+ODD_ROWS: dict[str, tuple[Any, list[str]]] = {
+    "a call of a tool": ({"messages": [ASKED, {"role": "assistant", "tool_calls": [{"id": 1}]}]}, ["user: Call it"]),
+    "a turn of null": ({"messages": [ASKED, {"role": "assistant", "content": None}]}, ["user: Call it"]),
+    "content in parts": (
+        {"messages": [ASKED, {"role": "bot", "content": PARTS}]},
+        ["user: Call it\n\nbot: Hi\n\nthere"],
+    ),
+    "other names": ({"conversations": [{"from": "human", "value": "Hi"}]}, ["human: Hi"]),
+    "parts of a document": ({"content": PARTS}, ["Hi\n\nthere"]),
+    "a list of texts": ({"text": ["a", None, "b"]}, ["a\n\nb"]),
+    "null": (None, []),
+    "text of null": ({"text": None}, []),
+    "text of null beside content": ({"text": None, "content": "a"}, ["a"]),
+    "messages of null": ({"messages": None}, []),
+    "half a character": ({"text": "cut \ud83d off"}, ["cut \ufffd off"]),
+    "a whole one in halves": ({"text": "\ud83d\ude00"}, ["\U0001f600"]),
+}
+
+
+@pytest.mark.parametrize(("row", "documents"), ODD_ROWS.values(), ids=ODD_ROWS)
+@pytest.mark.parametrize("form", ["lines", "list", "indented list"])
+def test_rows_are_taken_where_they_mean_text(form: str, row: Any, documents: list[str], tmp_path: Path):
+    rows = [{"text": "before"}, row, {"text": "behind"}]
+    text = (
+        "\n".join(map(json.dumps, rows))
+        if form == "lines"
+        else json.dumps(rows, indent=2 if "indented" in form else None)
+    )
+    (tmp_path / "rows.json").write_text(text)
+    assert list(read_documents(str(tmp_path / "rows.json"))) == ["before", *documents, "behind"]
+
+
+@pytest.mark.parametrize("name", ["rows.JSONL", "rows.Json", "rows.ndjson", "rows.jsonlines", "rows", "rows.data"])
+def test_rows_are_rows_however_the_file_is_called(name: str, tmp_path: Path):
+    jsonl(tmp_path / name, [{"text": "a"}, {"text": "b"}])
+    assert list(read_documents(str(tmp_path / name))) == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["rows.PARQUET", "rows.pq"])
+def test_a_table_is_one_however_the_file_is_called(name: str, tmp_path: Path):
+    parquet(tmp_path / name, [{"text": "a"}, {"text": None}])
+    assert list(read_documents(str(tmp_path / name))) == ["a"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_a_byte_order_mark_is_no_text(encoding: str, tmp_path: Path):
+    mark = "\ufeff" if encoding[-2:] in ("le", "be") else ""
+    (tmp_path / "a.TXT").write_bytes(f"{mark}Grüße".encode(encoding))
+    (tmp_path / "rows.jsonl").write_bytes((mark + '{"text": "Grüße"}\n').encode(encoding))
+    assert (
+        list(read_documents(str(tmp_path / "a.TXT"))) == list(read_documents(str(tmp_path / "rows.jsonl"))) == ["Grüße"]
+    )
+
+
+def test_a_configuration_of_a_dataset_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder, card = tmp_path / "data", ["---", "configs:"]
+    for name in ("small", "large"):
+        card += [f"- config_name: {name}", "  data_files:"]
+        for part in ("train", "test"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            jsonl(folder / name / f"{part}.jsonl", [{"text": f"{name} {part}"}])
+            card += [f"  - split: {part}", f"    path: {name}/{part}.jsonl"]
+    (folder / "README.md").write_text("\n".join([*card, "---", ""]))
+    assert list(read_documents(f"{folder}:small")) == ["small train"]
+    assert list(read_documents(f"{folder}:large:test")) == ["large test"]
+    with pytest.raises(CalibrationError, match=r"small.*large.*name:config:split"):
+        list(read_documents(str(folder)))
 
 
 def test_a_json_line_may_be_a_bare_string_and_blank_lines_do_not_count(tmp_path: Path):
@@ -143,7 +206,6 @@ BAD_TEXT = {
     "too short": (write("a.txt", b"Once upon a time"), ("a.txt has", "are needed", "more text or a smaller --seq-len")),
     "binary": (write("a.txt", b"text\0more" * 999), ("a.txt is binary", "character 4", "UTF-8 text file")),
     "latin-1": (write("a.txt", "Grüße".encode("latin-1")), ("a.txt is not UTF-8", "byte 2", "UTF-8 text file")),
-    "utf-16": (write("a.txt", "text".encode("utf-16")), ("a.txt is not UTF-8", "byte 0", "UTF-8 text file")),
     "a picture": (write("a", b"\x89PNG\r\n\x1a\n"), ("not UTF-8", "byte 0")),
     "no such rows": (lambda folder: folder / "nosuch.jsonl", ("nosuch.jsonl", "cannot be read")),
     "no rows": (write("rows.jsonl", b""), ("rows.jsonl has 0 tokens", "give more text")),
@@ -152,17 +214,17 @@ BAD_TEXT = {
         write("rows.jsonl", b'{"text": "a"}\n\n{"text": '),
         ("rows.jsonl", "line 3", "not JSON", "one JSON object a line"),
     ),
-    "rows of an indented list": (
-        write("rows.json", b'[\n {"text": "a"}\n]'),
-        ("rows.json", "line 1", "one JSON object"),
-    ),
-    "other fields": (rows(GOOD, {"id": 1, "body": "x"}), ("rows.jsonl", "'id', 'body'", "'text', 'content'")),
+    "other fields": (rows(GOOD, {"id": 1, "body": "x"}), ("rows.jsonl, row 2", "'id', 'body'", "'text', 'content'")),
     "no fields": (rows({}), ("rows.jsonl", "none", "'text', 'content'")),
     "a number for a row": (rows(7), ("rows.jsonl", "'text', 'content'")),
-    "a number for text": (rows({"text": 7}), ("rows.jsonl", "'text'")),
-    "messages without role": (rows({"messages": [{"from": "human", "value": "Hi"}]}), ("rows.jsonl", "messages")),
+    "a number for text": (rows({"text": 7}), ("row 1: 'text' is of type int",)),
+    "messages without role": (rows({"messages": [{"content": "Hi"}]}), ("row 1", "'messages'", "'role'")),
     "messages of strings": (rows({"messages": ["Hi"]}), ("rows.jsonl", "messages")),
     "input of a list": (rows({"instruction": "Add", "input": [1, 2], "output": "3"}), ("rows.jsonl", "'input'")),
+    "a table": (write("a.csv", b"text\nword"), ("a.csv is no plain text", ".jsonl")),
+    "a page": (write("a.HTML", b"<p>word</p>"), ("a.HTML is no plain text",)),
+    "a list of numbers": (rows({"text": ["a", 7]}), ("row 1: 'text' holds a value of type int",)),
+    "a picture alone": (rows({"content": [{"type": "image", "url": "x"}]}), ("rows.jsonl has 0 tokens",)),
     "garbage parquet": (write("a.parquet", b"garbage" * 99), ("a.parquet cannot be read as parquet",)),
     "empty parquet": (write("a.parquet", b""), ("a.parquet cannot be read as parquet",)),
     "cut-off parquet": (

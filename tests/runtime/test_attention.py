@@ -1,6 +1,5 @@
 """Attention of a gated model on a CPU against transformers' own and a float64 reference."""
 
-import json
 from typing import Any
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -38,6 +37,7 @@ def problem(seed: int, shape: tuple[int, ...], mask: str, dtype: torch.dtype) ->
 
     module = nn.Module()
     module.num_key_value_groups, module.is_causal = heads // kv_heads, True
+    setattr(module, attention.MARK, True)
     allowed = torch.rand(batch, 1, queries, keys, generator=generator) < 0.6
     allowed[..., 0] = True
     masks = {
@@ -141,10 +141,8 @@ def test_a_model_switched_over_answers_as_before(family):
     model = make("sdpa", family=family)
     before = logits(model)
     attention.use(model)
-    assert model.config._attn_implementation == attention.SDPA
+    assert model.config._attn_implementation == "sdpa"  # the name that transformers knows
     torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
-    attention.use(model)
-    assert model.config._attn_implementation == attention.SDPA
 
 
 def test_every_layer_of_a_model_switched_over_asks_whether_the_processor_has_the_instructions(monkeypatch):
@@ -157,6 +155,9 @@ def test_every_layer_of_a_model_switched_over_asks_whether_the_processor_has_the
     for found, expected in zip(logits(model), before, strict=True):
         torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
     assert asked == [torch.bfloat16] * 2 * model.config.num_hidden_layers
+    attention.use(model, False)
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
+    assert asked == [torch.bfloat16] * 2 * model.config.num_hidden_layers
 
 
 def test_a_model_with_another_attention_keeps_it():
@@ -167,15 +168,32 @@ def test_a_model_with_another_attention_keeps_it():
     torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
 
 
-def test_a_stored_config_does_not_name_it(tmp_path):
-    model = make("sdpa")
-    attention.use(model)
-    model.save_pretrained(tmp_path)
-    assert attention.SDPA not in json.dumps(json.loads((tmp_path / "config.json").read_text("utf-8")))
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
-
-
-@pytest.mark.parametrize(("asked_for", "used"), [(None, attention.SDPA), ("sdpa", attention.SDPA), ("eager", "eager")])
-def test_a_checkpoint_loads_with_the_attention_asked_for(asked_for, used, wina_tiny):
+@pytest.mark.parametrize(("asked_for", "used"), [(None, True), ("sdpa", False), ("eager", False)])
+def test_an_attention_that_was_asked_for_is_not_replaced(asked_for, used, wina_tiny):
     chosen = {} if asked_for is None else {"attn_implementation": asked_for}
-    assert load(str(wina_tiny), **chosen).config._attn_implementation == used
+    model = load(str(wina_tiny), **chosen)
+    assert model.config._attn_implementation == (asked_for or "sdpa")
+    assert getattr(model.model.layers[0].self_attn, attention.MARK) is used
+
+
+def test_a_paged_cache_gets_keys_and_values_as_they_are(monkeypatch):
+    monkeypatch.setattr(cpu, "multiplies", lambda dtype: False)
+    seen = []
+    monkeypatch.setattr(
+        attention, "before", lambda module, *args, **kwargs: (seen.append((args, kwargs)), (args[0], None))[1]
+    )
+    arguments = problem(0, SHAPES[0], "none", torch.bfloat16)
+    attention.attention(**arguments, cache="paged")
+    assert [tensor.dtype for tensor in seen[0][0][:3]] == [torch.bfloat16] * 3
+    assert seen[0][1]["cache"] == "paged"
+
+
+@pytest.mark.parametrize("chosen", [{}, {"attn_implementation": "sdpa"}, {"dtype": torch.bfloat16}])
+def test_continuous_batching_generates_what_generate_does(chosen, wina_tiny):
+    model = load(str(wina_tiny), **chosen)
+    prompts = [[5, 9, 200, 31, 7], [44, 3, 90]]
+    settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    found = model.generate_batch(prompts, settings, progress_bar=False)
+    for prompt, output in zip(prompts, found.values(), strict=True):
+        expected = model.generate(torch.tensor([prompt]), generation_config=settings)[0, len(prompt) :]
+        assert output.generated_tokens == expected.tolist()

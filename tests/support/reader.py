@@ -7,7 +7,7 @@ import numpy as np
 
 ELEMENTS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 FIELDS = "quant_method format_version sparsity prefill grid modules scheme allocation basis calibration source"
-KNOWN = {*FIELDS.split(), "tool_version", "shares"}
+KNOWN = {*FIELDS.split(), "tool_version", "shares", "biases"}
 
 
 def refuse(wrong, what):
@@ -48,13 +48,13 @@ class Reader:
         keys = [key.removesuffix(".weight_t") for key in self.tensors if key.endswith(".weight_t")]
         (p,) = [module] if module in keys else [key for key in keys if module.endswith(f".{key}")]
         weight_t, norms, curve = (self.tensor(f"{p}.{leaf}") for leaf in ("weight_t", "column_norms", "thresholds"))
+        table = np.column_stack([curve, self.tensor(f"{p}.biases") if f"{p}.biases" in self.tensors else 0 * curve])
         refuse(not np.isfinite(norms).all() or (norms < 0).any(), "no column norms")
-        refuse(not np.isfinite(curve).all() or curve[0] or (np.diff(curve) < 0).any(), "no thresholds")
+        refuse(not np.isfinite(table).all() or table[0].any() or (np.diff(curve) < 0).any(), "no thresholds or biases")
         r = next(k for k, point in enumerate(grid) if s <= point)
-        a, b = curve[max(r - 1, 0)], curve[r]
-        w = np.float32((s - grid[r - 1]) / (grid[r] - grid[r - 1]) if r else 0)
-        t = a + w * (b - a) if w < 0.5 else b - (b - a) * (np.float32(1) - w)
-        bias = self.tensor(f"{p}.bias").astype("<f4") if f"{p}.bias" in self.tensors else 0
+        (a, b), w = table[[r - 1, r]], np.float32((s - grid[r - 1]) / (grid[r] - grid[r - 1]) if r else 1)
+        t, *shift = a + w * (b - a) if w < 0.5 else b - (b - a) * (np.float32(1) - w)
+        bias = np.float32(shift) + (self.tensor(f"{p}.bias").astype("<f4") if f"{p}.bias" in self.tensors else 0)
         with np.errstate(all="ignore"):
             kept = ~(np.abs(x) <= np.where(norms > 0, t / norms, np.float32(np.inf)))
             return np.where(kept, x, np.float32(0)) @ weight_t.astype("<f4") + bias, kept

@@ -199,6 +199,12 @@ def test_the_whole_context_can_be_used(prompt: int, tokens: int, made: Path):
     assert bench_model(str(folder), prompt_tokens=prompt, tokens=tokens, repeats=1, sparsities=(0.5,)).models
 
 
+def test_the_prompt_is_as_long_as_the_context_allows(wina_tiny: Path, calls: Calls):
+    measured = bench_model(str(wina_tiny), tokens=3, repeats=1, sparsities=(0.5,))
+    assert "prompt of 253 tokens" in measured.model  # of a context of 256
+    assert max(call.tokens.shape[1] for call in calls) == 253
+
+
 # --- single products ---
 
 

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from support.breaking import before_call, failing
-from support.commands import contents, refused, run_wina, succeeded
+from support.commands import contents, refused, run, run_wina, succeeded
 from support.edits import Change, edit_block, edit_json
 from support.folders import config_of, entries
 from wina_convert import load
@@ -31,9 +31,9 @@ def test_retarget_keeps_the_manifest_right(copied: Path):
     for sparsity in (0.25, 0.0, 0.95, 1 / 3):
         succeeded(run_wina("retarget", copied, "--sparsity", sparsity))
         assert open_checkpoint(copied).config.sparsity == sparsity
-        assert verify_folder(copied) == len(before)
+        assert verify_folder(copied).files == len(before)
     after = entries(copied)
-    assert {name for name in before if before[name] != after[name]} == {"config.json"}
+    assert {name for name in before if before[name] != after[name]} == {"config.json", "README.md", "wina_report.json"}
     succeeded(run_wina("retarget", copied, "--sparsity", 0.5))
     assert entries(copied) == before
 
@@ -131,6 +131,34 @@ def test_a_retargeted_checkpoint_loads_at_its_new_sparsity(sparsity: float, conv
     assert {gate.sparsity for gate in gated_modules(model).values()} == {sparsity}
 
 
+@pytest.mark.parametrize("basis", ["none", "pca"])
+def test_report_and_card_follow(basis: str, source: Path, tmp_path: Path):
+    options = ("--samples", 4, "--seq-len", 16, "--quiet", "--basis", basis)
+    for name, sparsity in (("first", 0.5), ("other", 0.25)):
+        succeeded(run(source, "--out", tmp_path / name, *options, "--sparsity", sparsity))
+    measured = json.loads((tmp_path / "first" / "wina_report.json").read_text())
+    retarget(tmp_path / "first", 0.25)
+    report, other = (json.loads((tmp_path / name / "wina_report.json").read_text()) for name in ("first", "other"))
+    assert report["bytes_per_token"] == other["bytes_per_token"] != measured["bytes_per_token"]
+    assert report["verification"] == measured["verification"]
+    said, expected = (
+        [line for line in (tmp_path / name / "README.md").read_text().splitlines() if line.startswith("By default")]
+        for name in ("first", "other")
+    )
+    assert said == expected
+    assert "By default 25.0% of the weights" in said[0]
+    assert "| sparsity asked | 0% | 50.0% |" in (tmp_path / "first" / "README.md").read_text()  # what was measured
+
+
+@pytest.mark.parametrize("report", ["{", "{}", '{"bytes_per_token": {"dense": "x"}}'])
+def test_a_report_that_is_none_stays(report: str, copied: Path):
+    (copied / "wina_report.json").write_text(report)
+    card = (copied / "README.md").read_bytes()
+    retarget(copied, 0.25)
+    assert (copied / "wina_report.json").read_text() == report
+    assert (copied / "README.md").read_bytes() == card
+
+
 @pytest.mark.parametrize("sparsity", ["-0.1", "0.96", "50", "nan", "inf", "abc", ""])
 def test_retarget_refuses_what_is_no_sparsity(sparsity: str, converted: Path, tmp_path: Path):
     out = shutil.copytree(converted, tmp_path / "out")
@@ -139,7 +167,9 @@ def test_retarget_refuses_what_is_no_sparsity(sparsity: str, converted: Path, tm
     assert contents(out) == before
 
 
-@pytest.mark.parametrize(("call", "file"), [(1, MANIFEST), (2, "config.json")])
+@pytest.mark.parametrize(
+    ("call", "file"), [(1, MANIFEST), (2, "config.json"), (3, "wina_report.json"), (4, "README.md")]
+)
 def test_a_checkpoint_that_cannot_be_retargeted_stays(
     call: int, file: str, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -1,5 +1,6 @@
 """`wina verify`: right hashes over wrong content are told, tensor by tensor."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,46 @@ def test_the_command_says_in_one_line_what_is_damaged(copied: Path):
     shown = run_wina("verify", copied)
     assert (shown.exit_code, shown.stdout) == (2, "")
     assert [line for line in shown.stderr.splitlines() if not line.startswith("Verifying ")] == [
-        f"error: {path} was changed since the conversion; get it again"
+        f"error: {path} was changed since the conversion; get it again: it holds weights, so it is damaged"
     ]
+    assert contents(copied) == before
+
+
+EDITS: dict[str, Callable[[Path], object]] = {
+    "README.md": lambda folder: (folder / "README.md").write_text("our own words"),
+    "LICENSE": lambda folder: (folder / "LICENSE").unlink(),
+    "docs/more.md": lambda folder: (folder / "docs" / "more.md").write_text("more"),
+    "config.json": edit_config(pad_token_id=3),
+}
+
+
+@pytest.mark.parametrize(("name", "edit"), EDITS.items(), ids=EDITS)
+def test_a_file_that_was_edited_is_signed_when_it_is_accepted(name: str, edit: Change, copied: Path):
+    edit(copied)
+    before = contents(copied)
+    refused(run_wina("verify", copied, "--quiet"), name, f"wina verify {copied} --accept")
+    assert contents(copied) == before
+    accepted = run_wina("verify", copied, "--accept", "--json", "--quiet")
+    succeeded(accepted)
+    assert json.loads(accepted.stdout)["accepted"] == [name]
+    assert {file for file, data in contents(copied).items() if before.get(file) != data} == {"wina_manifest.json"}
+    assert verify_folder(copied).accepted == ()
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a weight": lambda folder: edit_tensor(f"{Q}.weight_t", lambda weight: weight + 1)(folder),
+    "a shard is gone": lambda folder: min(folder.glob("*.safetensors")).unlink(),
+    "the index": edit_json("model.safetensors.index.json", lambda index: index.update(more=1)),
+    "a config that does not fit": lambda folder: edit_config(hidden_size=32)(folder),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_what_is_damaged_is_not_accepted(damage: Change, copied: Path):
+    damage(copied)
+    before = contents(copied)
+    line = refused(run_wina("verify", copied, "--accept", "--quiet"))
+    assert "--accept" not in line
     assert contents(copied) == before
 
 

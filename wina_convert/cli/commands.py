@@ -1,7 +1,6 @@
 """`wina`, with a verb for everything that one does with a checkpoint."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from .common import (
     device_option,
     fractions,
     json_option,
+    print_json,
     progress_of,
     quiet_option,
     quiet_transformers,
@@ -20,7 +20,9 @@ from .common import (
     version_option,
 )
 from .convert import command
-from .text import bench_text, by_layer, card_text, table
+from .text import bench_text, card_text, table
+
+TOY = 20_000_000  # parameters below which a model is for trying things out
 
 
 @click.group(cls=Group)
@@ -46,7 +48,7 @@ def inspect_command(folder: str, as_json: bool) -> None:
 
     found = inspect_checkpoint(folder)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(found), indent=2))
+        print_json(dataclasses.asdict(found))
         return
     kinds = list(dict.fromkeys(kind for layer in found.layers for kind in layer.thresholds))
     rows = [["layer", "MB", "MB/token", "achieved", *(kind.rpartition(".")[2] for kind in kinds)]]
@@ -72,11 +74,14 @@ def inspect_command(folder: str, as_json: bool) -> None:
 
 
 @wina.command("eval")
-@click.argument("folder", metavar="DIR")
+@click.argument("folders", metavar="DIR...", nargs=-1, required=True)
 @click.option(
     "--text", "texts", multiple=True, required=True, help="Text file or dataset, as for --calibration; repeat for more."
 )
-@click.option("--source", help="The dense model, folder or Hub id, to compare with.")
+@click.option(
+    "--source",
+    help="The dense model, folder or Hub id, to compare with.  [default with several DIRs or --plot: each DIR at sparsity 0]",
+)
 @click.option(
     "--sparsity",
     "sparsities",
@@ -84,56 +89,76 @@ def inspect_command(folder: str, as_json: bool) -> None:
     callback=fractions,
     help="Fractions, such as 0.25,0.5.  [default: DIR's]",
 )
-@click.option("--samples", default=64, show_default=True, help="Sequences, spread evenly over the text.")
+@click.option("--samples", type=int, help="Sequences, as many from each text, spread evenly over it.  [default: 64]")
 @click.option("--seq-len", type=int, help="Tokens of a sequence.  [default: 512, or the model's context if shorter]")
+@click.option(
+    "--protocol",
+    help="wikitext: the whole text in blocks of 2,048 tokens (or the context) without overlap, one BOS, as papers measure.",
+)
 @click.option("--batch-size", default=1, show_default=True, help="Sequences computed at a time.")
+@click.option("--plot", metavar="FILE.png", help="Also draw loss against sparsity (needs the extra 'plot').")
 @device_option
 @click.option("--revision", help="Branch, tag or commit of the source.")
 @click.option("--token", help="Hub access token.  [default: that of `hf auth login`]")
 @quiet_option
 @json_option
-def eval_command(folder: str, device: str, quiet: bool, as_json: bool, texts: Sequence[str], **options: Any) -> None:
-    """Measure a checkpoint on text: perplexity, KL and agreement with the dense source, achieved sparsity.
+def eval_command(
+    folders: Sequence[str],
+    device: str,
+    quiet: bool,
+    as_json: bool,
+    texts: Sequence[str],
+    plot: str | None,
+    **options: Any,
+) -> None:
+    """Measure checkpoints on text: perplexity, KL and agreement with the dense source, achieved sparsity.
+
+    Several DIRs come in one table, with the bytes and multiply-accumulates of a token. Text that a conversion saw is refused.
 
     \b
-    Example:
+    Examples:
       wina eval ./llama-wina --text held-out.txt --source meta-llama/Llama-3-8B --sparsity 0.25,0.5
+      wina eval ./wina ./teal --text held-out.txt --sparsity 0.25,0.4,0.5,0.65,0.75 --plot loss.png
     """
+    from pathlib import Path
+
     from ..models.device import choose_device
     from ..verbs.evaluate import evaluate
+    from ..verbs.loss_picture import check_file, draw_loss
+    from .text import comparison_text, evaluation_text
 
     quiet_transformers()
-    measured = evaluate(folder, texts, device=choose_device(device), progress=progress_of(quiet), **options)
+    if plot:
+        check_file(Path(plot))
+    several = len(folders) > 1
+    options |= {"compare": several or plot is not None, "progress": progress_of(quiet)}
+    found = evaluate(folders, texts, device=choose_device(device), **options)
+    if plot:
+        draw_loss(Path(plot), found)
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(one) for one in measured], indent=2))
-        return
-    compared = measured[0].dense_perplexity is not None
-    rows = [["sparsity", "achieved", "perplexity", *(["dense", "rise", "KL", "top-1 agreement"] if compared else [])]]
-    for one in measured:
-        row = [f"{one.sparsity:.1%}", f"{one.achieved:.2%}", f"{one.perplexity:.3f}"]
-        if one.dense_perplexity is not None:
-            rise = one.perplexity / one.dense_perplexity - 1
-            row += [f"{one.dense_perplexity:.3f}", f"{rise:+.2%}", f"{one.kl:.4f}", f"{one.agreement:.1%}"]
-        rows.append(row)
-    click.echo(f"{measured[0].tokens} predicted tokens of {', '.join(texts)}\n")
-    click.echo(table(rows))
-    for one in measured:
-        click.echo(f"\nachieved by projection at {one.sparsity:.1%}\n")
-        click.echo(table(by_layer({name: f"{fraction:.1%}" for name, fraction in one.projections.items()})))
+        print_json([row for one in found for row in one.rows()])
+    else:
+        click.echo(comparison_text(found, texts) if several else evaluation_text(found[0], texts))
 
 
 @wina.command("generate")
 @click.argument("folder", metavar="DIR")
-@click.option("--prompt", required=True, help="The text to continue.")
-@click.option("--max-new-tokens", default=128, show_default=True, help="Stop after so many tokens.")
+@click.option(
+    "--prompt", required=True, help="The text to continue, or to answer where the tokenizer has a chat template."
+)
+@click.option("--raw", is_flag=True, help="Continue the prompt, whatever template the tokenizer has.")
+@click.option("--max-new-tokens", default=128, show_default=True, help="Stop after so many tokens, or at the context.")
 @click.option("--sparsity", type=float, help="Fraction of inputs to skip.  [default: DIR's]")
-@click.option("--temperature", default=0.0, show_default=True, help="Of sampling; 0 takes the most likely token.")
+@click.option("--temperature", default=0.7, show_default=True, help="Of sampling; 0 takes the most likely token.")
+@click.option("--top-p", default=0.9, show_default=True, help="Sample among tokens of this probability together.")
+@click.option("--repetition-penalty", default=1.1, show_default=True, help="Against repeating; 1 is none.")
 @click.option("--seed", default=0, show_default=True, help="Seed of sampling.")
 @device_option
 @click.option("--dtype", default="auto", show_default=True, help="auto (as stored), float32, bfloat16 or float16.")
 @quiet_option
-def generate_command(folder: str, prompt: str, device: str, quiet: bool, **options: Any) -> None:
-    """Continue a prompt, streaming the text, and print the speed.
+@json_option
+def generate_command(folder: str, prompt: str, device: str, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Continue a prompt or answer it, streaming the text, and print the speed.
 
     \b
     Example:
@@ -143,40 +168,62 @@ def generate_command(folder: str, prompt: str, device: str, quiet: bool, **optio
     from ..verbs.generate import generate
 
     quiet_transformers()
-    pending = [prompt]
 
     def write(text: str) -> None:
-        click.echo("".join(pending) + text, nl=False)
-        pending.clear()
+        if not as_json:
+            click.echo(text, nl=False)
 
-    done = generate(folder, prompt, device=str(choose_device(device)), write=write, **options)
+    done = generate(folder, prompt, device=str(choose_device(device)), write=write, echo=True, **options)
+    if as_json:
+        shown = {
+            "text": done.text,
+            "tokens": done.tokens,
+            "tokens_per_second": done.tokens_per_second,
+            "chat": done.chat,
+        }
+        print_json(shown)
+        return
     write("\n")
     if not quiet:
         speed = f", {done.tokens_per_second:.1f} tokens a second" if done.tokens_per_second else ""
-        click.echo(f"[{done.tokens} tokens{speed}]", err=True)
+        small = (
+            f"; {done.parameters / 1e6:.1f} million parameters know words and little else"
+            if done.parameters < TOY
+            else ""
+        )
+        click.echo(f"[{done.tokens} tokens{speed}{small}]", err=True)
 
 
 @wina.command("verify")
 @click.argument("folder", metavar="DIR")
+@click.option("--accept", is_flag=True, help="Sign files beside the weights as they are now.")
 @quiet_option
-def verify_command(folder: str, quiet: bool) -> None:
+@json_option
+def verify_command(folder: str, accept: bool, quiet: bool, as_json: bool) -> None:
     """Check every file of a checkpoint against its manifest, and its tensors and config against each other.
 
     \b
-    Example:
+    Examples:
       wina verify ./llama-wina
+      wina verify ./llama-wina --accept
     """
     from ..verbs.verify import verify_folder
 
-    count = verify_folder(folder, progress_of(quiet))
-    if not quiet:
-        click.echo(f"{folder}: {count} files are as they were written")
+    found = verify_folder(folder, progress_of(quiet), accept)
+    if as_json:
+        print_json({"folder": folder, **dataclasses.asdict(found)})
+    elif not quiet and found.accepted:
+        click.echo(f"{folder}: {found.files} files are well; accepted as they are now: {', '.join(found.accepted)}")
+    elif not quiet:
+        click.echo(f"{folder}: {found.files} files are as they were written")
 
 
 @wina.command("retarget")
 @click.argument("folder", metavar="DIR")
 @click.option("--sparsity", type=float, required=True, help="The new default, 0 to 0.95.")
-def retarget_command(folder: str, sparsity: float) -> None:
+@quiet_option
+@json_option
+def retarget_command(folder: str, sparsity: float, quiet: bool, as_json: bool) -> None:
     """Change the default sparsity of a checkpoint in place, without running the model.
 
     \b
@@ -186,7 +233,10 @@ def retarget_command(folder: str, sparsity: float) -> None:
     from ..verbs.retarget import retarget
 
     retarget(folder, sparsity)
-    click.echo(f"{folder}: default sparsity is now {sparsity:.1%}")
+    if as_json:
+        print_json({"folder": folder, "sparsity": sparsity})
+    elif not quiet:
+        click.echo(f"{folder}: default sparsity is now {sparsity:.1%}")
 
 
 @wina.command("bench")
@@ -202,7 +252,7 @@ def retarget_command(folder: str, sparsity: float) -> None:
 @click.option(
     "--sparsity", "sparsities", multiple=True, callback=fractions, help="Fractions to skip.  [default: 0,0.5,0.65]"
 )
-@click.option("--prompt-tokens", default=512, show_default=True, help="Length of the prompt.")
+@click.option("--prompt-tokens", type=int, help="Length of the prompt.  [default: 512, or what the context leaves]")
 @click.option("--tokens", default=32, show_default=True, help="Tokens decoded after it.")
 @click.option("--repeats", type=int, help="Times the prompt, or each product, is run.  [default: 3, or 31]")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
@@ -216,7 +266,7 @@ def bench_command(
     kernels: bool,
     shapes: Sequence[tuple[int, int]],
     sparsities: Sequence[float],
-    prompt_tokens: int,
+    prompt_tokens: int | None,
     tokens: int,
     repeats: int | None,
     device: str,
@@ -266,5 +316,7 @@ def bench_command(
         measured = bench_cuda_products(chosen, shapes or CUDA_SHAPES, **shared)
     else:
         measured = bench_cuda(chosen, folder, **shared)
-    text = bench_text(measured) if isinstance(measured, Benchmark) else card_text(measured)
-    click.echo(json.dumps(dataclasses.asdict(measured), indent=2) if as_json else text)
+    if as_json:
+        print_json(dataclasses.asdict(measured))
+    else:
+        click.echo(bench_text(measured) if isinstance(measured, Benchmark) else card_text(measured))

@@ -1,5 +1,7 @@
 """What the commands share: errors in one line, the forms of options, progress, quiet libraries."""
 
+import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +23,9 @@ class OneLineErrors:
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run, and exit with a status."""
+        for stream in (sys.stdout, sys.stderr):  # a console that lacks a character is no reason to fail
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         try:
             result = super().main(*args, **{**kwargs, "standalone_mode": False})  # type: ignore[misc]
         except click.exceptions.NoArgsIsHelpError as error:
@@ -75,6 +80,11 @@ def shapes(context: click.Context, parameter: click.Parameter, values: Sequence[
     return tuple(found)
 
 
+def print_json(content: Any) -> None:
+    """A result as JSON on stdout, in ASCII: it is the same on every console."""
+    click.echo(json.dumps(content, indent=2))
+
+
 def progress_of(quiet: bool) -> Progress:
     """Bars on a terminal, lines in a log, nothing where it is to be quiet."""
     if quiet:
@@ -84,24 +94,29 @@ def progress_of(quiet: bool) -> Progress:
 
 def quiet_transformers() -> None:
     """Keep what the libraries print off the terminal: what matters comes as an error or as progress."""
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
+    # CRITICAL: errors come as exceptions, and may quote a file of anybody's. In the environment for a library that is not
+    # imported yet, and need not be for what is refused.
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "critical", "HF_HUB_VERBOSITY": "error"}
+    if "transformers" in sys.modules:
+        from huggingface_hub.utils import logging as hub_logging
+        from transformers.utils import logging
 
-    logging.set_verbosity(50)  # CRITICAL: its errors come as exceptions, and may quote a file of anybody's
-    logging._tqdm_active = False  # disableprogress_of_bar would take huggingface_hub's bars away as well
-    hub_logging.set_verbosity_error()
+        logging.set_verbosity(50)
+        logging._tqdm_active = False  # disable_progress_bar would take huggingface_hub's bars away as well
+        hub_logging.set_verbosity_error()
 
 
 def download_bar(quiet: bool) -> type[Any]:
-    """huggingface_hub's progress bar, on a terminal only."""
-    from huggingface_hub.utils import tqdm
+    """A progress bar for huggingface_hub, on a terminal only; a `name` is what it groups its own bars by."""
+    from tqdm import tqdm  # here, so that the help shows at once
 
     shown = sys.stderr.isatty() and not quiet
-    return type(
-        "DownloadBar",
-        (tqdm,),
-        {"__init__": lambda self, *a, **k: tqdm.__init__(self, *a, **{**k, "disable": not shown})},
-    )
+
+    class DownloadBar(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, name: str | None = None, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs | {"disable": not shown})
+
+    return DownloadBar
 
 
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")

@@ -1,6 +1,5 @@
 """`wina-convert` and `wina convert`: one command under two names, its options those of a conversion."""
 
-import json
 import signal
 import time
 from dataclasses import Field, fields
@@ -13,6 +12,7 @@ from .common import (
     Command,
     download_bar,
     json_option,
+    print_json,
     progress_of,
     quiet_option,
     quiet_transformers,
@@ -38,7 +38,7 @@ def _option(field: "Field[Any]") -> click.Option:
             help=text,
         )
     if field.default is None:
-        kind = int if "int" in str(field.type) else str
+        kind = next((kind for kind in (int, float) if kind.__name__ in str(field.type)), str)
         shown = f"  [default: {field.metadata['shown']}]" if field.metadata["shown"] else ""
         return click.Option(names, type=kind, help=text + shown)
     return click.Option(names, default=field.default, show_default=True, help=text)
@@ -63,7 +63,7 @@ def _convert(out: str, quiet: bool, as_json: bool, dry_run: bool, **options: Any
     start = time.perf_counter()
     report = convert(out=out, dry_run=dry_run, progress=progress_of(quiet), tqdm_class=download_bar(quiet), **options)
     if as_json:
-        click.echo(json.dumps(report, indent=2, ensure_ascii=False))
+        print_json(report)
     elif dry_run:
         click.echo(plan_text(report, out))
     elif not quiet:

@@ -9,6 +9,7 @@ from ..format.names import split_layer
 if TYPE_CHECKING:
     from ..verbs.benchmark import Benchmark, ProductSpeed
     from ..verbs.card import CardBenchmark
+    from ..verbs.evaluate import Evaluation
 
 
 def report_text(report: dict[str, Any], out: str, seconds: float) -> str:
@@ -23,14 +24,30 @@ def report_text(report: dict[str, Any], out: str, seconds: float) -> str:
             f"  perplexity    dense {held_out['dense_perplexity']:.2f}, gated {held_out['perplexity']:.2f} ({rise:+.1%})",
             f"  bytes/token   {size(reads['dense'])} -> {size(reads['gated'])} ({reads['gated'] / reads['dense'] - 1:+.0%})",
             f"  basis         {basis_text(report['basis'])}",
+            *unused_text(report["unused"]),
+            *within_text(report["verification"].get("max_ppl_increase")),
             f'Try it: wina generate {out} --prompt "Once upon a time"',
         ]
     )
 
 
+def within_text(within: dict[str, Any] | None) -> list[str]:
+    """The largest sparsity within a loss, where one was asked for: of all gated weights, and of the feed-forward ones."""
+    if within is None:
+        return []
+    name = f"PPL-{within['allowed']:g}%"
+    if not within["sparsity"]:
+        return [f"  {name:<13} no sparsity measured stays within it: the default is 0"]
+    inside = within["achieved_feed_forward"]
+    alone = "" if inside is None else f", {inside:.2%} of the feed-forward ones alone"
+    return [
+        f"  {name:<13} {within['achieved']:.2%} of all gated weights{alone}, at {within['increase']:+.2f}% perplexity"
+    ]
+
+
 def plan_text(plan: dict[str, Any], out: str) -> str:
     """What a dry run tells."""
-    reads = plan["bytes_per_token"]
+    reads, allowed = plan["bytes_per_token"], plan["max_ppl_increase"]
     kinds: dict[tuple[str, int, int], int] = {}
     for name, shape in plan["projections"].items():
         kind = ".".join(part for part in name.split(".")[-2:])
@@ -45,11 +62,24 @@ def plan_text(plan: dict[str, Any], out: str) -> str:
             "",
             f"  bytes/token   {size(reads['dense'])} -> {size(reads['gated'])} at {plan['sparsity']:.1%} sparsity "
             f"({reads['gated'] / reads['dense'] - 1:+.0%})",
+            *(
+                [f"  default       the largest sparsity within {allowed:+g}% of perplexity, found at conversion"]
+                if allowed
+                else []
+            ),
             f"  basis         {basis_text(plan['basis'])}",
+            *[f"  stays dense   {name}: {reason}" for name, reason in plan["stays_dense"].items()],
+            *unused_text(plan["unused"]),
             f"  disk          {size(plan['disk_bytes'])} in {out}",
             f"  time          about {duration(plan['seconds'])}, the download aside",
         ]
     )
+
+
+def unused_text(names: Sequence[str]) -> list[str]:
+    """A line on the tensors of the source that no parameter takes, where there are any."""
+    named = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return [printable(f"  left out      {named}: the model takes no such tensor")] if names else []
 
 
 def basis_text(basis: dict[str, Any]) -> str:
@@ -59,6 +89,51 @@ def basis_text(basis: dict[str, Any]) -> str:
     kind = "" if basis["kind"] == "values" else f"{basis['kind']}; "
     fit = f" ({basis['fit']})" if "fit" in basis else ""
     return f"{kind}residual stream {basis['stream']}, values {basis['values']}{fit}"
+
+
+def evaluation_text(found: "Evaluation", texts: Sequence[str]) -> str:
+    """One checkpoint on text, and what each of its projections skipped."""
+    compared = found.measurements[0].rise is not None
+    rows = [["sparsity", "achieved", "perplexity", *(["dense", "rise", "KL", "top-1 agreement"] if compared else [])]]
+    for one in found.measurements:
+        row = [f"{one.sparsity:.1%}", f"{one.achieved:.2%}", f"{one.perplexity:.3f}"]
+        if one.rise is not None:
+            row += [f"{one.dense_perplexity:.3f}", f"{one.rise:+.2%}", f"{one.kl:.4f}", f"{one.agreement:.1%}"]
+        rows.append(row)
+    lines = [*_measured_on([found], texts), "", table(rows)]
+    for one in found.measurements:
+        lines += ["", f"achieved by projection at {one.sparsity:.1%}", ""]
+        lines.append(table(by_layer({name: f"{fraction:.1%}" for name, fraction in one.projections.items()})))
+    return "\n".join(lines)
+
+
+def comparison_text(found: "Sequence[Evaluation]", texts: Sequence[str]) -> str:
+    """Several checkpoints on the same text."""
+    rows = [
+        ["checkpoint", "made with", "sparsity", "achieved", "perplexity", "rise", "KL", "top-1", "bytes/token", "MACs"]
+    ]
+    for evaluation in found:
+        dense, first = evaluation.dense, evaluation.measurements[0]
+        rows.append([evaluation.checkpoint, "dense", "", "", f"{first.dense_perplexity:.3f}", "", "", ""])
+        rows[-1] += [size(dense.nbytes), count(dense.macs)]
+        for one, cost in zip(evaluation.measurements, evaluation.costs, strict=True):
+            row = ["", evaluation.made, f"{one.sparsity:.1%}", f"{one.achieved:.2%}", f"{one.perplexity:.3f}"]
+            row += [f"{one.rise:+.2%}", f"{one.kl:.4f}", f"{one.agreement:.1%}", size(cost.nbytes), count(cost.macs)]
+            rows.append(row)
+    return "\n".join([*_measured_on(found, texts), "", table(rows)])
+
+
+def _measured_on(found: "Sequence[Evaluation]", texts: Sequence[str]) -> list[str]:
+    """On what, how it was cut, and whether a conversion may have seen it."""
+    lines = []
+    for tokens, protocol in dict.fromkeys((one.measurements[0].tokens, one.protocol) for one in found):
+        lines += [f"{tokens} predicted tokens of {', '.join(texts)}", protocol.shown()]
+    for one in found:
+        if not one.seen_recorded:
+            lines.append(
+                f"{one.checkpoint} does not record which text its conversion saw; whether it saw this one cannot be told"
+            )
+    return [printable(line) for line in lines]
 
 
 def bench_text(measured: "Benchmark") -> str:
@@ -154,6 +229,14 @@ def size(count: float) -> str:
         if count >= scale:
             return f"{count / scale:.2f} {unit}"
     return f"{count:.0f} B"
+
+
+def count(number: float) -> str:
+    """A number of operations in decimal multiples."""
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.2f} {unit}"
+    return f"{number:.0f}"
 
 
 def duration(seconds: float) -> str:

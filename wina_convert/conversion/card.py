@@ -5,6 +5,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..format.default import default_line
 from ..format.names import CARD
 from ..models.source import Source
 
@@ -15,6 +16,8 @@ BODY = """
 
 This is [{base}]({link}) as a WINA checkpoint: at every gated projection the model skips the input columns that do not
 matter for the token at hand ([WINA, arXiv 2505.19427](https://arxiv.org/abs/2505.19427)). {basis}
+
+{default}
 
 ## Use
 
@@ -101,7 +104,9 @@ def write_card(folder: Path, source: Source, report: dict[str, Any]) -> None:
     )
     options, calibration = report["options"], report["calibration"]
     verification, held_out = report["verification"], report["verification"]["held_out"]
+    reads = report["bytes_per_token"]
     body = BODY.format(
+        default=default_line(held_out["sparsity"], reads["dense"], reads["gated"]),
         basis=UNCHANGED if report["basis"]["kind"] == "none" else TURNED,
         title=f"{source.name.rpartition('/')[2]}-wina",
         base=source.name,
@@ -112,8 +117,8 @@ def write_card(folder: Path, source: Source, report: dict[str, Any]) -> None:
         calibration=calibration["text"],
         asked=held_out["sparsity"],
         **{key: held_out[key] for key in ("achieved", "perplexity", "dense_perplexity", "kl", "agreement")},
-        dense_bytes=report["bytes_per_token"]["dense"] / 1e6,
-        gated_bytes=report["bytes_per_token"]["gated"] / 1e6,
+        dense_bytes=reads["dense"] / 1e6,
+        gated_bytes=reads["gated"] / 1e6,
         n=len(report["projections"]),
         layers=report["layers"],
         targets=", ".join(options["targets"]),

@@ -1,6 +1,7 @@
 """What a plan amounts to: the bytes a token reads, the disk a conversion takes and the time it is expected to."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..models.source import Source
 from ..models.text import HELD_OUT
 from ..runtime.kernels import gated_linear
 from .plan import ConversionPlan
+from .search import search_sequences
 from .turn import Turn, basis_sequences
 
 # What a dry run assumes to tell the time; the products, most of the work on a large model, it measures.
@@ -50,11 +52,12 @@ def plan_report(
     samples: int,
     length: int,
     device: torch.device,
+    unused: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What a dry run tells: what would be gated, bytes a token before and after, time and disk."""
+    """What a dry run tells: what would be gated and what left out, bytes a token before and after, time and disk."""
     calibrated = len(levels(sparsity)) * (samples + min(PILOT, samples))
     passes = (
-        calibrated + 3 * HELD_OUT + (basis_sequences(samples, length) if turn else 0)
+        calibrated + 3 * HELD_OUT + (basis_sequences(samples, length) if turn else 0) + search_sequences(plan)
     )  # sequences that go through a layer
     layer_weights = sum(spec.numel for spec in source.tensors.values()) - plan.embedding_bytes // plan.dtype.itemsize
     scored = calibrated * length * sum(projection.in_features for projection in plan.projections)
@@ -73,6 +76,8 @@ def plan_report(
         "device": str(device),
         "basis": turn.shown() if turn else {"kind": "none"},
         **shape_report(plan, sparsity),
+        "stays_dense": dict(plan.dense),
+        "unused": list(unused),
         "seconds": round(seconds, 1),
     }
 
@@ -82,7 +87,7 @@ def product_rate(plan: ConversionPlan, length: int, device: torch.device, second
     widest = max(plan.projections, key=lambda projection: projection.weights)
     x = torch.ones(length, widest.in_features, dtype=plan.dtype, device=device)
     weight_t = torch.ones(widest.in_features, min(widest.out_features, 4096), dtype=plan.dtype, device=device)
-    tau = torch.zeros(widest.in_features, device=device)
+    tau = torch.zeros(widest.in_features, dtype=torch.float32, device=device)
     gated_linear(x, weight_t, tau, None).sum().item()
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:

@@ -5,15 +5,17 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 from ..format.config import WinaConfig
 from ..format.folder import sidecars
 from ..format.names import CONFIG, INSTALL
 from ..models.source import Source
-from .plan import ConversionPlan
 from .staging import check_replaceable, hidden, unwritable
+
+if TYPE_CHECKING:
+    from .plan import ConversionPlan
 
 
 def check_target(out: Path, model: str, overwrite: bool) -> None:
@@ -52,7 +54,7 @@ def check_space(out: Path, needed: int) -> None:
         )
 
 
-def write_config(folder: Path, source: Source, config: WinaConfig, plan: ConversionPlan) -> None:
+def write_config(folder: Path, source: Source, config: WinaConfig, plan: "ConversionPlan") -> None:
     """Write the source's config.json with our block added; the rest of its text stays, but for a dtype chosen anew.
 
     A source without a dtype gets one: transformers would guess it from the float32 column norms.

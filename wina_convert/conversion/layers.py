@@ -15,13 +15,23 @@ from ..format.names import THRESHOLDS
 from ..format.shard_writer import ShardWriter
 from ..format.shards import sentinel
 from ..models.source import Source
-from ..models.stream import gated_stream
+from ..models.stream import StreamedModel, gated_stream
 from ..progress import Progress
 from ..runtime.linear import gated_modules
 from . import plot as pictures
 from .plan import ConversionPlan
 from .staging import Staging
 from .weights import stored_tensors
+
+
+def stream_of(source: Source, plan: ConversionPlan, config: WinaConfig, device: torch.device) -> StreamedModel:
+    """The gated model that a conversion makes, its tensors made when they are read; it has no thresholds yet."""
+
+    def read(keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        for key in dict.fromkeys(plan.origin[key] for key in keys):
+            yield from stored_tensors(source, plan.steps, [key]).items()
+
+    return gated_stream(source, config, plan.dtype, plan.tensors, read, device)
 
 
 def write_layers(
@@ -45,11 +55,7 @@ def write_layers(
         the distribution of scores of every projection near the default sparsity, where `plot` asks for it.
     """
 
-    def read(keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        for key in dict.fromkeys(plan.origin[key] for key in keys):
-            yield from stored_tensors(source, plan.steps, [key]).items()
-
-    model = gated_stream(source, config, plan.dtype, plan.tensors, read, device)
+    model = stream_of(source, plan, config, device)
     keys_of = {projection.name: projection.key for projection in plan.projections}
     by_layer = [model.layer_keys(index) for index in range(plan.n_layers)]
     inside = {plan.origin[key] for keys in by_layer for key in keys}
@@ -79,7 +85,11 @@ def write_layers(
         for index, keys in enumerate(by_layer[done:], done):
             tensors = stored_tensors(source, plan.steps, dict.fromkeys(plan.origin[key] for key in keys))
             shards.write(tensors)
-            curves = {key: torch.zeros(len(GRID)) for key in keys if key.endswith(f".{THRESHOLDS}")}
+            curves = {
+                key: torch.zeros(len(GRID), dtype=torch.float32, device="cpu")
+                for key in keys
+                if key.endswith(f".{THRESHOLDS}")
+            }
             with model.layer(index, tensors | curves) as run:
                 gates = {name: gate for name, gate in gated_modules(model.model).items() if not gate.weight_t.is_meta}
                 histograms = calibrate_layer(run, gates, states, advance, plan.budget)

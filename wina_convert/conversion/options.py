@@ -4,6 +4,7 @@ Imports nothing heavy, so that the command line's help shows at once.
 """
 
 import inspect
+import math
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -34,10 +35,18 @@ class ConversionOptions:
     sparsity: float = _option(
         0.5, REPORT, "Default fraction of the gated weights to skip, 0 to 0.95. All others are stored too."
     )
+    max_ppl_increase: float | None = _option(
+        None,
+        REPORT,
+        "Make the default sparsity the largest whose perplexity on held-out calibration text is at most so many percent above "
+        "the dense model's (PPL-p% sparsity).",
+        shown="--sparsity is the default",
+    )
     calibration: str = _option(
         BUNDLED,
         REPORT,
-        "Text to fit the thresholds on: bundled, a .txt, .jsonl or .parquet file, or a Hub dataset (name or name:split).",
+        "Text to fit the thresholds on: bundled, a .txt, .jsonl, .json or .parquet file, or a Hub dataset (name, name:split, "
+        "name:config or name:config:split).",
     )
     samples: int = _option(64, REPORT, "Calibration sequences; fewer are used where the text has fewer.")
     seq_len: int | None = _option(None, REPORT, "Tokens of a sequence.", shown="512, or the model's context if shorter")
@@ -55,12 +64,13 @@ class ConversionOptions:
     allocation: str = _option(
         "types",
         REPORT,
-        "How the sparsity is divided: types (by type of projection, as was best on small models) or uniform (all alike).",
+        "How the sparsity is divided: types (by type of projection, as was best on small models), uniform (all alike) or greedy "
+        "(TEAL's search within each layer, slow; to compare).",
     )
     batch_size: int = _option(1, REPORT, "Sequences computed at a time on a GPU; a CPU takes one, which is as fast.")
     seed: int = _option(0, REPORT, "Seed of the choice of sequences.")
     device: str = _option("auto", IDENTITY, "auto, cpu, cuda, cuda:1 ...")
-    dtype: str = _option("auto", REPORT, "auto (as the source), float32, bfloat16 or float16.")
+    dtype: str = _option("auto", REPORT, "auto (as the source), float32, bfloat16 or float16; fp32, bf16, fp16.")
     max_shard_size: str = _option("5GB", REPORT, "Largest weight file.")
     targets: tuple[str, ...] = _option(
         ("all",),
@@ -68,6 +78,11 @@ class ConversionOptions:
         "What to gate: all, attention, mlp, or patterns such as '*.down_proj'; repeat or separate by commas.",
     )
     ignore: tuple[str, ...] = _option((), REPORT, "Patterns to leave dense, such as 'model.layers.0.*'.")
+    allow_unused: bool = _option(
+        False,
+        RUN,
+        "Convert although weights are left out that the config has no place for: an adapter, a bias, a layer.",
+    )
     overwrite: bool = _option(False, RUN, "Replace an existing WINA checkpoint, or discard an unfinished one.")
     resume: bool = _option(False, RUN, "Continue an interrupted conversion; the same options are needed.")
     keep: bool = _option(
@@ -85,15 +100,20 @@ class ConversionOptions:
     def __post_init__(self) -> None:
         from ..fitting.budget import ALLOCATIONS  # here: they import torch
         from ..fitting.schemes import SCHEMES
+        from ..format.dtypes import dtype_name
 
         object.__setattr__(self, "sparsity", check_sparsity(self.sparsity))
+        if self.max_ppl_increase is not None and not 0 < self.max_ppl_increase < math.inf:
+            raise OptionError(f"max ppl increase is {self.max_ppl_increase}; give a number of percent above 0")
         check_name("basis", self.basis, BASES)
         check_name("scheme", self.scheme, SCHEMES)
         check_name("allocation", self.allocation, ALLOCATIONS)
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         object.__setattr__(self, "targets", tuple(self.targets))
         object.__setattr__(self, "ignore", tuple(self.ignore))
-        if self.samples < 1 or self.batch_size < 1:
-            raise OptionError(f"samples is {self.samples} and batch size is {self.batch_size}; both must be at least 1")
+        for name, count in (("samples", self.samples), ("batch size", self.batch_size)):
+            if count < 1:
+                raise OptionError(f"{name} is {count}; give at least 1")
         if not 0 <= self.seed < 2**63:
             raise OptionError(f"seed is {self.seed}; give 0 to {2**63 - 1}")
 

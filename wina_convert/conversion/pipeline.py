@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from .. import __version__
+from ..defaults import torch_defaults
 from ..fitting.thresholds import levels
 from ..format.config import WinaConfig
 from ..format.manifest import write_manifest
@@ -18,23 +18,21 @@ from ..format.names import REPORT as REPORT_FILE
 from ..format.shard_writer import ShardWriter, shard_bytes
 from ..models.device import choose_device
 from ..models.documents import read_documents
+from ..models.seen import SEEN, record
 from ..models.source import Source, open_source
 from ..models.text import HELD_OUT, check_vocabulary, load_tokenizer, sequence_length, sequences, split
+from ..pictures import check_available
 from ..progress import Progress, silent
 from . import plot as pictures
-from .card import write_card
-from .estimate import disk_bytes, plan_report, shape_report
 from .files import check_space, check_target, copy_sidecars, write_config, write_json
-from .layers import write_layers
+from .loss_limit import sparsity_within, within_report
 from .options import IDENTITY, REPORT, ConversionOptions, documented
-from .plan import make_plan
-from .proof import prove
+from .search import carried_shares, searched
 from .staging import staged
-from .turn import basis_sequences, carried_basis, find_basis, plan_turn, restored_basis, turned_source
-from .turn_proof import check_turned
 
 
 @documented
+@torch_defaults()
 def convert(
     model: str,
     out: str | Path,
@@ -64,11 +62,27 @@ def convert(
     shard_bytes(asked.max_shard_size)
     device = choose_device(asked.device)
     if asked.plot:
-        pictures.check_available()
+        check_available()
     check_target(Path(out), model, asked.overwrite)
-    source = open_source(
+    found_source = open_source(
         model, asked.revision, asked.token, asked.trust_remote_code, asked.dry_run, tqdm_class, progress
     )
+    # Only now, so that what is refused above is refused at once: these import transformers.
+    import transformers
+
+    from ..models.tensors import taken
+    from .card import write_card
+    from .estimate import disk_bytes, plan_report, shape_report
+    from .layers import write_layers
+    from .plan import make_plan
+    from .proof import prove
+    from .turn import basis_sequences, carried_basis, find_basis, plan_turn, restored_basis, turned_source
+    from .turn_proof import check_turned
+    from .twin_proof import check_twin
+
+    source, unused = taken(found_source, asked.allow_unused)
+    if not source.listed:
+        check_twin(source, progress)
     chosen = (asked.targets, asked.ignore, asked.dtype, asked.scheme, asked.allocation)
     plan = make_plan(source, *chosen)  # as it is: what is wrong with source or options is refused before it is turned
     if turn := plan_turn(source, asked.basis, device):
@@ -76,7 +90,8 @@ def convert(
     basis = turn.shown() if turn else {"kind": "none"}
     length = sequence_length(source, asked.seq_len)
     if asked.dry_run:
-        return plan_report(source, plan, turn, asked.sparsity, asked.samples, length, device)
+        planned = plan_report(source, plan, turn, asked.sparsity, asked.samples, length, device, unused)
+        return planned | {"max_ppl_increase": asked.max_ppl_increase}
     check_space(Path(out), disk_bytes(source, plan, turn, asked.sparsity, asked.samples, length))
     # A CPU gains nothing from more sequences at a time, and one by one they give the same bits.
     at_a_time = 1 if device.type == "cpu" else asked.batch_size
@@ -97,7 +112,7 @@ def convert(
         modules=[projection.name for projection in plan.projections],
         scheme=plan.scheme.name,
         allocation=plan.budget.allocation,
-        shares=plan.budget.by_kind(),
+        shares=plan.budget.stored(),
         basis=basis,
         calibration={
             "text": text,
@@ -118,7 +133,8 @@ def convert(
         "calibration": config.calibration | {"basis_sha256": digest(shown), "held_out_sha256": digest(held_out)},
     }
     with staged(Path(out), identity, asked.resume, asked.keep, asked.overwrite) as staging:
-        folder, written, carried, differs = staging.folder, source, {}, None
+        folder, written, differs = staging.folder, source, None
+        carried: dict[str, Tensor] = {}
         if turn:
             found = restored_basis(turn, staging.snapshot) or find_basis(
                 turn, plan.dtype, shown, at_a_time, device, asked.seed, progress
@@ -126,21 +142,31 @@ def convert(
             differs = check_turned(turn, found, held_out, device, progress)
             written = turned_source(turn, found, plan.dtype if plan.cast else None, device)
             carried = carried_basis(found)
+        plan = searched(plan, written, config, tokens, at_a_time, device, staging.snapshot, progress)
+        config = replace(config, shares=plan.budget.stored())
+        carried |= carried_shares(plan)
         with ShardWriter(folder, plan.tensors, asked.max_shard_size, staging.snapshot is not None) as shards:
             curves = write_layers(
                 written, plan, config, tokens, at_a_time, device, shards, staging, carried, progress, asked.plot
             )
         write_config(folder, written, config, plan)
         copy_sidecars(source, folder)
+        if asked.max_ppl_increase is not None:
+            most = sparsity_within(source, folder, asked.max_ppl_increase, held_out, device, at_a_time, progress)
+            config = replace(config, sparsity=most)
+            write_config(folder, written, config, plan)
         proof = prove(written, plan, folder, held_out, device, at_a_time, progress, source if turn else None)
+        within = within_report(plan, source.architecture.mlp, asked.max_ppl_increase, proof.held_out)
         report = {
             "versions": versions,
             "source": config.source,
             "options": used.deciding(REPORT),
-            **shape_report(plan, used.sparsity),
+            **shape_report(plan, proof.held_out.sparsity),
+            "unused": list(unused),
             "basis": basis | ({"logits_differ": differs} if turn else {}),
             "calibration": config.calibration,
-            "verification": {"sequences": len(held_out), **proof.as_dict()},
+            "verification": {"sequences": len(held_out), **proof.as_dict(), **within},
+            SEEN: record(torch.cat([seen, held_out])),
         }
         write_json(folder / REPORT_FILE, report)
         write_card(folder, source, report)

@@ -17,6 +17,7 @@ from ..models.discovery import architecture_of
 from ..models.source import Source
 from ..models.stream import build_skeleton
 from ..models.structure import Projection, find_projections, lookup_bytes
+from ..models.tensors import check_stored
 from ..runtime.keys import checkpoint_keys
 from .weights import Step, planned_headers, steps_of
 
@@ -108,6 +109,7 @@ def make_plan(
     model = build_skeleton(source, compute)
     keys = checkpoint_keys(model, source.tensors)
     cast = compute if dtype != "auto" else None
+    check_stored(source, model, keys, cast is not None)
     family = architecture_of(source, model)
     projections = find_projections(source, family, model, keys, cast)
     if not projections:
@@ -127,9 +129,7 @@ def make_plan(
     return ConversionPlan(
         projections=chosen,
         scheme=SCHEMES[scheme],
-        budget=ALLOCATIONS[allocation](
-            {projection.name: projection.weights for projection in chosen}, family.prior
-        ),
+        budget=ALLOCATIONS[allocation]({projection.name: projection.weights for projection in chosen}, family.prior),
         steps=steps,
         tensors=(
             *(spec for specs in headers.values() for spec in specs),
@@ -154,10 +154,11 @@ def _choose(
     blocks = {"all": (*family.attention, *family.mlp), "attention": family.attention, "mlp": family.mlp}
     patterns = [f"*.{short}" for target in targets for short in blocks.get(target, ())]
     patterns += [target for target in targets if target not in blocks]
+    example = (*family.attention, *family.mlp)[-1]
     for pattern in (*patterns, *ignore):
         if not any(fnmatch.fnmatchcase(projection.name, pattern) for projection in projections):
             raise OptionError(
-                f"{pattern!r} matches no projection; give {', '.join(PRESETS)} or a pattern like '*.{(family.mlp or family.attention)[-1]}', "
+                f"{pattern!r} matches no projection; give {', '.join(PRESETS)} or a pattern like '*.{example}', "
                 f"which is matched against names like {projections[0].name!r}"
             )
 

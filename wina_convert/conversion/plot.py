@@ -7,25 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import OptionError
+from .. import pictures
 from ..fitting.budget import Budget
 from ..fitting.histogram import ScoreHistogram
 from ..format.names import split_layer
 
 SPARSITY_PNG = "wina_sparsity.png"
 SCORES_PNG = "wina_scores.png"
-
-
-def check_available() -> None:
-    """Refuse early where matplotlib is missing.
-
-    Raises:
-        OptionError: it is.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise OptionError("--plot needs matplotlib; pip install 'wina-convert[plot]'") from error
 
 
 @dataclass(frozen=True)
@@ -66,20 +54,23 @@ def draw_conversion(folder: Path, report: Mapping[str, Any], curves: Mapping[str
 def draw_sparsity(path: Path, report: Mapping[str, Any], budget: Budget) -> None:
     """One line per kind of projection: the sparsity achieved on held-out calibration text, by layer.
 
-    Where kinds are asked for unlike sparsities, a dashed line in the colour of each says for which.
+    Where kinds are asked for unlike sparsities, a dashed line in the colour of each says for which (in the mean
+    over the layers, where these differ too).
     """
-    asked = report["options"]["sparsity"]
-    figure, ((axes,),) = _figure(9, 5)
+    asked = report["verification"]["held_out"]["sparsity"]
+    figure, ((axes,),) = pictures.figure(9, 5)
     kinds: dict[str, list[tuple[int, float]]] = {}
-    shares: dict[str, float] = {}
+    shares: dict[str, list[float]] = {}
     for name, achieved in report["verification"]["held_out"]["projections"].items():
         layer, kind = _layer_and_kind(name)
         kinds.setdefault(kind, []).append((layer, achieved))
-        shares[kind] = budget.asked(name, asked)
+        shares.setdefault(kind, []).append(budget.asked(name, asked))
     for kind, points in kinds.items():
         (line,) = axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.2, label=kind)
         if budget.shares:
-            axes.axhline(shares[kind], color=line.get_color(), linestyle="--", linewidth=0.8, alpha=0.6)
+            axes.axhline(
+                sum(shares[kind]) / len(shares[kind]), color=line.get_color(), linestyle="--", linewidth=0.8, alpha=0.6
+            )
     axes.axhline(asked, color="black", linestyle="--", linewidth=1.2, label=f"asked {asked:.0%}")
     axes.set(
         xlabel="decoder layer",
@@ -92,7 +83,7 @@ def draw_sparsity(path: Path, report: Mapping[str, Any], budget: Budget) -> None
     axes.set_ylim(min(low, asked - 0.05), max(high, asked + 0.05))
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    _save(figure, path)
+    pictures.save(figure, path)
 
 
 def draw_scores(path: Path, sparsity: float, curves: Mapping[str, ScoreCurve]) -> None:
@@ -105,7 +96,7 @@ def draw_scores(path: Path, sparsity: float, curves: Mapping[str, ScoreCurve]) -
         kinds.setdefault(kind, []).append((layer, curve))
     columns = min(4, len(kinds))
     rows = -(-len(kinds) // columns)
-    figure, grid = _figure(max(4 * columns, 7), 3 * rows, rows, columns)
+    figure, grid = pictures.figure(max(4 * columns, 7), 3 * rows, rows, columns)
     for axes, (kind, members) in zip(grid.flat, kinds.items(), strict=False):
         last = max(layer for layer, _ in members)
         for layer, curve in members:
@@ -118,24 +109,10 @@ def draw_scores(path: Path, sparsity: float, curves: Mapping[str, ScoreCurve]) -
     for axes in grid.flat[len(kinds) :]:
         axes.set_visible(False)
     figure.supxlabel(f"score |x| · column weight; ticks are the thresholds at {sparsity:.0%}, dark lines early layers")
-    _save(figure, path)
+    pictures.save(figure, path)
 
 
 def _layer_and_kind(name: str) -> tuple[int, str]:
     place = split_layer(name)
     assert place is not None  # gated projections are in layers
     return place[1], place[2]
-
-
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    return figure, axes
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -13,10 +13,11 @@ from torch import Tensor
 from ..errors import VerificationError
 from ..format.checkpoint import Checkpoint, open_checkpoint
 from ..format.shards import read_rows
-from ..models.measure import Measurement, measure, overall
+from ..models.measure import Measurement, measure
 from ..models.source import Source
 from ..models.stream import checkpoint_stream, dense_stream
 from ..progress import Progress
+from ..runtime.rule import overall
 from .plan import ConversionPlan
 from .weights import planned_headers, stored_tensors
 

@@ -91,7 +91,7 @@ def gated_copy(twin: PreTrainedModel, small: Source, plan: ConversionPlan) -> Pr
         module.column_norms.copy_(stored[f"{projection.key}.{COLUMN_NORMS}"])
         module.thresholds.zero_()
         if module.bias is not None:
-            module.bias.copy_(plain.bias)
+            module.bias.copy_(plain.get_parameter("bias"))
     configure(gated, WinaConfig(sparsity=0.0))
     return gated
 

@@ -169,6 +169,7 @@ def _value_folds(
 ) -> Iterator[tuple[str, Fold]]:
     """The parameters that make values or read their mixture."""
     places, dim = family.values, sizes.head_dim
+    assert places is not None  # only listed families are turned
     columns = tuple(range(0, sizes.heads * dim, dim))
     for index in range(sizes.layers):
         maker, reader = (f"{family.layers}.{index}.{name}" for name in (places.projection, places.output))
@@ -285,4 +286,4 @@ def balanced_values(mixed: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
 def fix_signs(axes: Tensor) -> Tensor:
     """Give every column [..., n, n] the sign that makes its largest element positive: an eigenvector has none of its own."""
     largest = axes.gather(-2, axes.abs().argmax(-2, keepdim=True))
-    return axes * torch.where(largest < 0, -1.0, 1.0)
+    return torch.where(largest < 0, -axes, axes)

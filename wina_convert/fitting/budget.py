@@ -41,9 +41,11 @@ class Budget:
         """What is asked of projections together, each counted by its weights: the level, or the budget is none."""
         return sum(self.asked(name, level) * count for name, count in weights.items()) / sum(weights.values())
 
-    def by_kind(self) -> dict[str, list[float]]:
-        """The shares as config.json stores them: by the name within a decoder layer, in which all layers agree."""
-        return {kind_of(name): list(share) for name, share in self.shares.items()}
+    def stored(self) -> dict[str, list[float]]:
+        """The shares as config.json stores them: by the name within a decoder layer where all layers agree, else in full."""
+        kinds = {kind_of(name): share for name, share in self.shares.items()}
+        alike = all(share == kinds[kind_of(name)] for name, share in self.shares.items())
+        return {name: list(share) for name, share in (kinds if alike else self.shares).items()}
 
 
 UNIFORM = Budget()
@@ -78,6 +80,14 @@ def by_type(weights: Mapping[str, int], prior: Mapping[str, float]) -> Budget:
     return Budget("types", {name: tuple(row.tolist()) for name, row in zip(weights, table, strict=True)})
 
 
+def greedy(weights: Mapping[str, int], prior: Mapping[str, float]) -> Budget:
+    """Every decoder layer skips the same; within one, TEAL's search divides it on the calibration text (see `fitting.greedy`).
+
+    Until then it asks all alike, which reads as many bytes. Arguments as for `by_type`.
+    """
+    return Budget("greedy")
+
+
 def _moved(logits: NDArray[np.float64], parts: NDArray[np.float64], level: float) -> NDArray[np.float64]:
     """Shares whose mean, counted by parts that add up to 1, is the level: bisection down to neighbouring numbers."""
     low, high = -FAR, FAR
@@ -98,7 +108,9 @@ def _sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 ALLOCATIONS: dict[str, Callable[[Mapping[str, int], Mapping[str, float]], Budget]] = {
     "uniform": uniform,
     "types": by_type,
+    "greedy": greedy,
 }
+SEARCHED = ("greedy",)  # those whose shares are found on the model
 
 
 def budget_of(config: WinaConfig) -> Budget:
@@ -117,6 +129,8 @@ def budget_of(config: WinaConfig) -> Budget:
         return UNIFORM
     if config.allocation == UNIFORM.allocation:
         raise CheckpointError(f"allocation in config.json is {config.allocation!r}, which has no shares; convert again")
+    if set(config.shares) == set(config.modules):
+        return Budget(config.allocation, dict(config.shares), config.grid)
     unlike = {kind_of(name) for name in config.modules} ^ set(config.shares)
     if unlike:
         raise CheckpointError(

@@ -49,12 +49,12 @@ def calibrate_layer(
     for level, batches in states.items():
         for gate in gates.values():
             gate.set_threshold(0.0)
-        with _counting(gates) as provisional:
+        with counting(gates) as provisional:
             for batch in _pilot(batches):
                 run(batch)
         for name, gate in gates.items():
-            gate.set_threshold(provisional[name].quantile(budget.asked(name, level)))
-        with _counting(gates) as counts:
+            gate.set_threshold(provisional[name].quantile(budget.asked(name, level)), level)
+        with counting(gates) as counts:
             for number, batch in enumerate(batches):
                 batches[number] = run(batch)
                 advance(len(batch))
@@ -73,7 +73,7 @@ def _pilot(batches: Sequence[Tensor]) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _counting(gates: Mapping[str, WinaLinear]) -> Iterator[dict[str, ScoreHistogram]]:
+def counting(gates: Mapping[str, WinaLinear]) -> Iterator[dict[str, ScoreHistogram]]:
     """Count the scores of everything that enters the projections meanwhile."""
     counts = {name: ScoreHistogram(gate.column_norms.device) for name, gate in gates.items()}
 

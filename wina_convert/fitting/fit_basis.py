@@ -167,7 +167,7 @@ def dropped_energy(inputs: Tensor, weights: Sequence[Tensor], q: Tensor, sparsit
     """
     squares = (inputs @ q).square()  # [tokens, hidden]
     turned = (torch.cat(list(weights)) @ q).split([len(weight) for weight in weights])
-    total = torch.zeros((), device=q.device)
+    total = torch.zeros((), dtype=q.dtype, device=q.device)
     for weight in turned:
         columns = weight.square().sum(0)  # [hidden]
         with torch.no_grad():

@@ -140,6 +140,7 @@ def gather_layer(
         layer.get_submodule(readers[0]).register_forward_pre_hook(watch(number))
         for number, (_, readers) in enumerate(norms)
     ]
+    assert family.values is not None  # only listed families are turned
     output = layer.get_submodule(family.values.output)
     handles.append(output.register_forward_pre_hook(watch_values))
     try:

@@ -25,7 +25,7 @@ class Scheme:
     Attributes:
         name: as config.json stores it.
         column_weights: from a projection's full name and its transposed weight [in, out], contiguous, to the weight of every
-            column [in], float32. In another basis, of the turned weight.
+            column [in], float32. In another basis, of the turned weight. For "learned", what learning began with.
         recomputed: whether they follow from the stored weight alone, so that `wina verify` can hold them against it.
     """
 
@@ -87,12 +87,17 @@ SCHEMES = {
 }
 
 
+LEARNED = Scheme("learned", every_norm, recomputed=False)  # no option: only learning makes them
+
+
 def scheme_of(name: str) -> Scheme:
     """The scheme of a checkpoint.
 
     Raises:
         CheckpointError: this version does not know it.
     """
+    if name == LEARNED.name:
+        return LEARNED
     if name not in SCHEMES:
         raise CheckpointError(
             f"scheme in config.json is {name!r}, which this version does not know; run `pip install --upgrade wina-convert`"

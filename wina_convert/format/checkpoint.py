@@ -13,7 +13,7 @@ from .curve import ascends, threshold_at
 from .dtypes import FLOATS
 from .folder import Folder, read_config
 from .grid import check_sparsity
-from .names import COLUMN_NORMS, INDEX, SINGLE, THRESHOLDS, WEIGHT_T, split_layer
+from .names import BIASES, COLUMN_NORMS, INDEX, SINGLE, THRESHOLDS, WEIGHT_T, split_layer
 from .shards import read_headers
 from .trust import check_folder
 
@@ -124,8 +124,18 @@ def _check_structure(checkpoint: Checkpoint) -> None:
         if place is None or place[0] != layers:
             raise CheckpointError(f"{checkpoint.folder.path}: config.json gates {name!r}, which is in no decoder layer")
         weight_t = specs[f"{key}.{WEIGHT_T}"]
-        vectors = [(COLUMN_NORMS, weight_t.shape[:1]), (THRESHOLDS, (len(config.grid),))]
-        for leaf, shape in vectors:
+        tables: list[tuple[str, tuple[int, ...]]] = [
+            (COLUMN_NORMS, weight_t.shape[:1]),
+            (THRESHOLDS, (len(config.grid),)),
+        ]
+        if config.biases:
+            tables.append((BIASES, (len(config.grid), *weight_t.shape[1:])))
+        elif f"{key}.{BIASES}" in specs:
+            raise CheckpointError(
+                f"{checkpoint.folder.path}: the weights hold {key + '.' + BIASES!r}, of which config.json says nothing; "
+                "convert again"
+            )
+        for leaf, shape in tables:
             spec = specs.get(f"{key}.{leaf}")
             if spec is None or (spec.dtype, spec.shape) != (torch.float32, shape):
                 got = "missing" if spec is None else f"{spec.dtype} {list(spec.shape)}"

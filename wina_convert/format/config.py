@@ -1,24 +1,21 @@
 """WinaConfig: exactly what `quantization_config` of a WINA checkpoint's config.json stores, and its checks."""
 
-import warnings
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any
-
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from typing import Any, Self
 
 from ..errors import CheckpointError, OptionError
 from .grid import GRID, check_sparsity
 
 FORMAT_VERSION = 2
 READABLE = (1, 2)
-NEW_IN_2 = ("basis", "shares")  # without these fields, version 2 is version 1
+NEW_IN_2 = ("basis", "shares", "biases")  # without these fields, version 2 is version 1
 PREFILL = ("gated", "dense")
 
 
 @dataclass
-class WinaConfig(QuantizationConfigMixin):
-    """Configuration of a WINA checkpoint; with `from_pretrained`, a way to choose the sparsity or the prefill.
+class WinaConfig:
+    """Configuration of a WINA checkpoint, without transformers; `runtime.quantization` makes it one of its kind.
 
     Attributes:
         sparsity: fraction of the gated projections' inputs to skip, each projection counted by its weights, within [0, 0.95];
@@ -28,8 +25,9 @@ class WinaConfig(QuantizationConfigMixin):
         modules: full names of the gated projections, in the order of the model.
         scheme: how the score's column weights were made ("wina": L2 norms).
         allocation: how the sparsity is divided among projections ("uniform": all alike).
-        shares: the fraction asked of each projection at the points of the grid, by its name within a decoder layer; empty for
-            "uniform".
+        shares: the fraction asked of each projection at the points of the grid, by its name within a decoder layer, or by its
+            full name where layers differ; empty for "uniform".
+        biases: whether each gated projection has a bias for each point of the grid.
         basis: what change of basis is folded into the weights: its `kind`, and how it was found.
         calibration: what the thresholds were fitted on.
         source: what was converted.
@@ -48,12 +46,13 @@ class WinaConfig(QuantizationConfigMixin):
     scheme: str = "wina"
     allocation: str = "uniform"
     shares: dict[str, list[float]] = field(default_factory=dict)
+    biases: bool = False
     basis: dict[str, Any] = field(default_factory=lambda: {"kind": "none"})
     calibration: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
     tool_version: str = ""
     format_version: int = FORMAT_VERSION
-    quant_method: str = "wina"  # type: ignore[assignment] # the base class knows its own methods only
+    quant_method: str = "wina"
 
     def __post_init__(self) -> None:
         if self.sparsity is not None:
@@ -74,6 +73,7 @@ class WinaConfig(QuantizationConfigMixin):
             raise CheckpointError("quantization_config.modules of config.json is not a list of names")
         for name, kind in (
             ("shares", dict),
+            ("biases", bool),
             ("basis", dict),
             ("calibration", dict),
             ("source", dict),
@@ -92,7 +92,7 @@ class WinaConfig(QuantizationConfigMixin):
             raise OptionError(f"sparsity is {self.sparsity}; this checkpoint has thresholds up to {grid[-1]}")
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "WinaConfig":  # type: ignore[override]
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
         """Read the stored block.
 
         Raises:
@@ -112,17 +112,10 @@ class WinaConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The block to store, in the format version that the checkpoint has."""
-        block: dict[str, Any] = super().to_dict()
-        return {name: value for name, value in block.items() if self.format_version > 1 or name not in NEW_IN_2}
-
-    def get_loading_attributes(self) -> dict[str, Any]:
-        """What a caller of `from_pretrained` may override; transformers merges it into the stored config.
-
-        It asks for this just before it warns that there are two configs, which for this one is the ordinary use.
-        """
-        warnings.filterwarnings("ignore", message=r"You passed `quantization_config`.*\['(sparsity|prefill)'")
-        chosen = {"sparsity": self.sparsity, "prefill": self.prefill}
-        return {name: value for name, value in chosen.items() if value is not None}
+        stored = {
+            name: value for name, value in asdict(self).items() if self.format_version > 1 or name not in NEW_IN_2
+        }
+        return stored if self.biases else {name: value for name, value in stored.items() if name != "biases"}
 
 
 def _rises(share: Any, length: int) -> bool:

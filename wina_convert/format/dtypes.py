@@ -5,6 +5,7 @@ import torch
 from ..errors import OptionError, SourceError
 from .folder import Folder
 
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -22,15 +23,16 @@ def compute_dtype(folder: Folder, dtype: str = "auto") -> torch.dtype:
         if compute not in FLOATS.values():
             raise SourceError(f"{folder.name} is in {compute}; pass --dtype float32, bfloat16 or float16")
         return compute
-    check_dtype(dtype)
-    return FLOATS[dtype]
+    return FLOATS[dtype_name(dtype)]
 
 
-def check_dtype(dtype: str) -> None:
-    """Refuse a dtype that is neither "auto" nor one that a model can have.
+def dtype_name(dtype: str) -> str:
+    """The name of a dtype that a model can have, or "auto"; `bf16`, `fp16` and `fp32` are names, too.
 
     Raises:
         OptionError: it is another.
     """
-    if dtype not in ("auto", *FLOATS):
+    name = SHORT.get(dtype, dtype)
+    if name not in ("auto", *FLOATS):
         raise OptionError(f"dtype is {dtype!r}; give auto, {', '.join(FLOATS)}")
+    return name

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -16,14 +16,15 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_bytes(_text({name: entry(folder / name) for name in files_of(folder)}))
 
 
-def renewed_manifest(folder: Path, name: str, content: bytes) -> bytes:
-    """The manifest for when a file has become this.
+def renewed_manifest(folder: Path, contents: Mapping[str, bytes]) -> bytes:
+    """The manifest for when files have become these.
 
     Raises:
         CheckpointError: the manifest is missing or damaged.
     """
     files = read_manifest(folder)
-    files[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    for name, content in contents.items():
+        files[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     return _text(files)
 
 

@@ -10,11 +10,13 @@ REPORT = "wina_report.json"
 MANIFEST = "wina_manifest.json"
 SNAPSHOT = ".snapshot.safetensors"  # in the folder of an unfinished conversion only
 
-# The tensors of a gated projection P: P.weight_t, P.column_norms, P.thresholds, and P.bias where it has one.
+# The tensors of a gated projection P: P.weight_t, P.column_norms, P.thresholds, P.bias where it has one, and P.biases where the
+# checkpoint has biases along the sparsity.
 WEIGHT = "weight"
 WEIGHT_T = "weight_t"
 COLUMN_NORMS = "column_norms"
 THRESHOLDS = "thresholds"
+BIASES = "biases"
 
 # What a transformers without this package shows to its user when it refuses the folder.
 INSTALL = "pip install wina-convert"

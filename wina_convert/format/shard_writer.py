@@ -13,13 +13,13 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
-from huggingface_hub.serialization._base import parse_size_to_int
 from torch import Tensor
 
 from ..errors import CheckpointError, OptionError
 from .names import INDEX
 from .shards import DTYPES, NAMES, TensorSpec
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def shard_bytes(size: str | int) -> int:
@@ -29,10 +29,14 @@ def shard_bytes(size: str | int) -> int:
         OptionError: it is none.
     """
     try:
-        limit = size if isinstance(size, int) else parse_size_to_int(size)
+        if isinstance(size, int):
+            limit = size
+        else:
+            text = size.strip().upper()
+            limit = int(float(text[:-2]) * UNITS[text[-2:]])
         if limit > 0:
             return limit
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, KeyError):
         pass
     raise OptionError(f"max shard size is {size!r}; give a number of bytes or '500MB', '5GB'")
 
@@ -50,6 +54,8 @@ class ShardWriter:
     def __init__(
         self, folder: Path, specs: Iterable[TensorSpec], max_shard_size: str | int, resumed: bool = False
     ) -> None:
+        from huggingface_hub import split_state_dict_into_shards_factory  # here: reading needs no client of the Hub
+
         self.folder = folder
         self.pending = {spec.name: spec for spec in specs}
         self.split = split_state_dict_into_shards_factory(

@@ -27,6 +27,17 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# read, so that a header that holds one can be understood, and never written
+FOREIGN = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F4": torch.float4_e2m1fn_x2,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -39,12 +50,14 @@ class TensorSpec:
         dtype: its stored dtype.
         shape: its shape.
         file: the shard that holds it, relative to its folder; empty where it is not yet written.
+        stored: its name in that file, where that is another.
     """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: str = ""
+    stored: str = ""
 
     @property
     def numel(self) -> int:
@@ -62,20 +75,21 @@ def sentinel() -> Tensor:
 
     Without this package transformers would fill the gated projections with random numbers; the wrong shape makes it raise.
     """
-    return torch.empty(0)
+    return torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 def spec_from_header(name: str, dtype: str, shape: Iterable[int], file: str) -> TensorSpec:
     """A TensorSpec from a safetensors header entry.
 
     Raises:
-        SourceError: the dtype is not one this package can copy.
+        SourceError: the dtype is not known.
     """
-    if dtype not in DTYPES:
+    known = DTYPES | FOREIGN
+    if dtype not in known:
         raise SourceError(
             f"tensor {name!r} in {file} has dtype {dtype}; convert a checkpoint in float32, bfloat16 or float16"
         )
-    return TensorSpec(name, DTYPES[dtype], tuple(shape), file)
+    return TensorSpec(name, known[dtype], tuple(shape), file)
 
 
 def read_headers(folder: Path) -> dict[str, TensorSpec]:
@@ -152,7 +166,7 @@ def read_tensors(folder: Path, specs: Iterable[TensorSpec]) -> Iterator[tuple[st
         try:
             with safe_open(folder / file, framework="pt") as shard:
                 for spec in members:
-                    yield spec.name, shard.get_tensor(spec.name)
+                    yield spec.name, shard.get_tensor(spec.stored or spec.name)
         except (SafetensorError, OSError) as error:
             raise SourceError(f"{folder / file} cannot be read ({error})") from error
 
@@ -170,6 +184,7 @@ def read_rows(folder: Path, spec: TensorSpec, nbytes: int = 1 << 26) -> Iterator
             with safe_open(
                 folder / spec.file, framework="pt"
             ) as shard:  # a file opened anew drops the pages read before
-                yield shard.get_slice(spec.name)[start : start + step] if rows else shard.get_tensor(spec.name)
+                name = spec.stored or spec.name
+                yield shard.get_slice(name)[start : start + step] if rows else shard.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise SourceError(f"{folder / spec.file} cannot be read ({error})") from error

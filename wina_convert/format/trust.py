@@ -1,7 +1,6 @@
 """Refuses what a folder from a stranger could make its reader do: leave the folder, fetch code, take all memory."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,13 @@ from ..errors import SourceError
 
 MAX_LAYERS = 1000  # and labels: transformers makes a name for each
 MAX_SIZE = 1 << 24  # of any dimension that config.json names
-SIZE = re.compile(r"(num|n|d)_.*|.*_(size|dim|layers?|heads?|positions|embeddings)")
+# The sizes that transformers takes from the config of a supported family; other fields are nobody's.
+SIZES = {
+    *("head_dim", "hidden_size", "intermediate_size", "vocab_size", "num_labels", "max_window_layers"),
+    *("num_attention_heads", "num_hidden_layers", "num_key_value_heads"),
+    *("max_position_embeddings", "original_max_position_embeddings"),
+    *("n_embd", "n_head", "n_inner", "n_layer", "n_positions"),
+}
 
 
 def contained(folder: Path, name: str) -> Path:
@@ -82,7 +87,7 @@ def check_config(name: str, config: dict[str, Any]) -> None:
                 "from_pretrained if you trust it"
             )
         bound = MAX_LAYERS if "layer" in key or "label" in key else MAX_SIZE
-        if SIZE.fullmatch(key) and isinstance(value, (int, float)) and not -1 <= value <= bound:
+        if key in SIZES and isinstance(value, (int, float)) and not -1 <= value <= bound:
             raise SourceError(
                 f"{name}: {key} in config.json is {value}; at most {bound} makes sense; get the file again"
             )

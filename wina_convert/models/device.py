@@ -5,6 +5,16 @@ import torch
 from ..errors import OptionError
 
 
+def _reason(device: str) -> str:
+    """Why a device cannot be used here; torch's own words name twenty that are none of ours."""
+    if device.partition(":")[0] != "cuda":
+        return "which is no device that can be used here"
+    count = torch.cuda.device_count()
+    if torch.version.cuda is None:
+        return "and this torch was built without CUDA"
+    return f"and torch sees {count} CUDA devices" if count != 1 else "and torch sees one CUDA device, cuda:0"
+
+
 def choose_device(device: str) -> torch.device:
     """The device to compute on.
 
@@ -17,10 +27,7 @@ def choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise OptionError(
-            f"device is {device!r}, which cannot be used here ({reason}); give auto, cpu or cuda"
-        ) from error
+        raise OptionError(f"device is {device!r}, {_reason(device)}; give auto, cpu or cuda") from error
     if chosen.type == "meta":
         raise OptionError("device is 'meta', which computes nothing; give auto, cpu or cuda")
     return chosen

@@ -13,11 +13,14 @@ from transformers.pytorch_utils import Conv1D
 from ..architectures import ARCHITECTURES, DENSE, PRIOR, Architecture
 from ..errors import SourceError, one_line
 from ..format.folder import Folder
+from ..format.names import WEIGHT
 from .structure import decoder_layers
 from .twin import make_twin
 
 TOKENS = 12  # of each of two sequences that the twin is run on
-NARROW = 32  # outputs: of fewer, the float32 cutoffs of the inputs are more than a sixteenth of what a weight's columns hold
+NARROW = (
+    32  # outputs: of fewer, the float32 cutoffs of the inputs are more than a sixteenth of what a weight's columns hold
+)
 
 _ATTENTION = re.compile(r"att", re.IGNORECASE)
 _FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|\bfc|\bw\d|^intermediate|^output", re.IGNORECASE)
@@ -56,7 +59,12 @@ def discover(model: PreTrainedModel) -> Architecture:
     Raises:
         SourceError: it has no such list, its twin does not run, or nothing is left to gate.
     """
-    path, observed = decoder_layers(model), observe(model)
+    path = decoder_layers(model)
+    if any(".experts." in name for name, _ in model.get_submodule(path).named_parameters()):
+        raise SourceError(
+            f"a model of type {model.config.model_type!r} is a mixture of experts, which is not supported"
+        )
+    observed = observe(model)
     names: dict[str, str | None] = {}
     for layer in model.get_submodule(path).children():
         for name, module in layer.named_modules():
@@ -87,14 +95,14 @@ def _stays_dense(name: str, module: nn.Module, observed: Observed) -> str | None
             return reason
     if name not in observed.called:
         return "its layer does not use it as a plain linear map of text"
-    outputs = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
+    rows, columns = module.get_parameter(WEIGHT).shape
+    outputs = columns if isinstance(module, Conv1D) else rows
     return f"has fewer than {NARROW} outputs: its cutoffs would cost what it saves" if outputs < NARROW else None
 
 
 def _see(called: set[str], name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
     """Note a module that computes W x + b: a subclass may do something else."""
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+    weight, bias = module.get_parameter(WEIGHT), dict(module.named_parameters(recurse=False)).get("bias")
     expected = nn.functional.linear(inputs[0], weight.t() if isinstance(module, Conv1D) else weight, bias)
     if isinstance(output, Tensor) and torch.allclose(output, expected, rtol=1e-3, atol=1e-4):
         called.add(name)
@@ -117,7 +125,9 @@ def _run(twin: PreTrainedModel) -> Observed:
     called: set[str] = set()
     outputs: set[int] = set()
     for layer in twin.get_submodule(path).children():
-        layer.register_forward_hook(lambda _, inputs, output: outputs.add(len(output) if isinstance(output, (tuple, list)) else 0))
+        layer.register_forward_hook(
+            lambda _, inputs, output: outputs.add(len(output) if isinstance(output, (tuple, list)) else 0)
+        )
         for name, module in layer.named_modules():
             if isinstance(module, (nn.Linear, Conv1D)):
                 module.register_forward_hook(functools.partial(_see, called, name))
@@ -131,5 +141,7 @@ def _run(twin: PreTrainedModel) -> Observed:
             "the type is not supported"
         ) from error
     if len(outputs) != 1:
-        raise SourceError(f"the decoder layers of {twin.config.model_type!r} are not called alike; the type is not supported")
+        raise SourceError(
+            f"the decoder layers of {twin.config.model_type!r} are not called alike; the type is not supported"
+        )
     return Observed(frozenset(called), outputs.pop())

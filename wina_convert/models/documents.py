@@ -1,5 +1,6 @@
 """The documents of a calibration or evaluation text, from the package, files or datasets. Imports nothing heavy."""
 
+import codecs
 import importlib.resources
 import json
 from collections.abc import Iterator
@@ -7,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CalibrationError, one_line
+from .rows import texts_of
 
 BUNDLED = "bundled"
-FIELDS = ("text", "content")
-PAIRS = (("instruction", "input", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
+TEXT, ROWS, TABLES = {".txt", ".md", ".text", ".rst"}, {".jsonl", ".json", ".ndjson", ".jsonlines"}, {".parquet", ".pq"}
+MARKUP = {".html", ".htm", ".xml", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".pdf", ".docx", ".gz", ".zst", ".zip"}
 
 
 def read_documents(source: str = BUNDLED) -> Iterator[str]:
     """The documents of a calibration or evaluation text.
 
     Args:
-        source: "bundled"; a .txt (one document), .jsonl or .parquet file (a document a row: the field `text` or `content`,
-            a list of chat `messages`, or an instruction with its answer); or the name of a dataset, where `datasets` is
-            installed: the split `train`, or the one after a colon, as in `name:validation`.
+        source: "bundled"; a .txt (one document), .jsonl, .json or .parquet file (a document a row: the field `text` or
+            `content`, a list of chat `messages`, or an instruction with its answer); or the name of a dataset, where `datasets`
+            is installed, with the configuration and the split after colons: `name`, `name:validation`, `name:config` or
+            `name:config:split`; the split is `train` by default.
 
     Raises:
         CalibrationError: the file or dataset cannot be read, or is not text.
@@ -28,16 +31,19 @@ def read_documents(source: str = BUNDLED) -> Iterator[str]:
         yield from (path.read_text("utf-8") for path in bundled_files())
         return
     path = Path(source)
-    if path.suffix in {".txt", ".md"}:
-        yield _decode(path)
-    elif path.suffix in {".jsonl", ".json"}:
-        yield from (_document(row, source) for row in _json_rows(path))
-    elif path.suffix == ".parquet":
-        yield from (_document(row, source) for row in _parquet_rows(path))
-    elif path.is_file():
-        yield _decode(path)
+    ending = path.suffix.lower()
+    if ending in TABLES:
+        yield from texts_of(_parquet_rows(path), source)
+    elif ending in MARKUP and path.is_file():
+        raise CalibrationError(f"{path} is no plain text; give a .txt, .jsonl or .parquet file of its text")
+    elif ending in TEXT | ROWS or path.is_file():
+        text = _decode(path)
+        if ending in ROWS or (ending not in TEXT and _looks_like_rows(text)):
+            yield from texts_of(_json_rows(path, text), source)
+        else:
+            yield text
     else:
-        yield from (_document(row, source) for row in _dataset_rows(source))
+        yield from texts_of(_dataset_rows(source), source)
 
 
 def bundled_files() -> list[Path]:
@@ -54,8 +60,8 @@ def _decode(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read ({error.strerror}); give a UTF-8 text file") from error
-    try:
-        text = data.decode("utf-8")
+    try:  # a byte order mark says how, and is no text itself
+        text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start}); give a UTF-8 text file") from error
     if "\0" in text:
@@ -65,14 +71,29 @@ def _decode(path: Path) -> str:
     return text
 
 
-def _json_rows(path: Path) -> Iterator[Any]:
-    for number, line in enumerate(_decode(path).split("\n"), start=1):  # JSON may hold the other line ends
+def _looks_like_rows(text: str) -> bool:
+    """Whether a file that is not called so holds JSON, which is no text to calibrate on."""
+    try:
+        return isinstance(json.loads(text.lstrip().partition("\n")[0]), dict | list)
+    except (ValueError, RecursionError):
+        return text.lstrip().startswith(("[\n", "{\n"))
+
+
+def _json_rows(path: Path, text: str) -> Iterator[Any]:
+    """The rows of JSON: an object or a string a line, or all of them in one list."""
+    try:
+        if isinstance(rows := json.loads(text), list):
+            yield from rows
+            return
+    except (ValueError, RecursionError):
+        pass  # several lines are no JSON together
+    for number, line in enumerate(text.split("\n"), start=1):  # JSON may hold the other line ends
         if line.strip():
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise CalibrationError(
-                    f"{path}, line {number} is not JSON ({error}); give one JSON object a line"
+                    f"{path}, line {number} is not JSON ({error}); give one JSON object a line, or a list of them"
                 ) from error
 
 
@@ -96,36 +117,15 @@ def _dataset_rows(name: str) -> Iterator[Any]:
         raise CalibrationError(
             f"{name} is no file, and reading a dataset of that name needs `datasets`; pip install 'wina-convert[datasets]'"
         ) from error
-    dataset, _, split = name.partition(":")
+    dataset, *choice = name.split(":")
     try:
-        yield from datasets.load_dataset(dataset, split=split or "train", streaming=True)
+        configuration, split = None, "train"
+        if len(choice) == 1 and choice[0] not in datasets.get_dataset_config_names(dataset):
+            split = choice[0]
+        elif choice:
+            configuration, split = [*choice, split][:2]
+        yield from datasets.load_dataset(dataset, configuration, split=split, streaming=True)
     except Exception as error:  # the library raises many kinds
         raise CalibrationError(
-            f"{name} is neither a file nor a dataset that can be read ({one_line(error)})"
+            f"{name} is neither a file nor a dataset that can be read ({one_line(error)}); give name:config:split"
         ) from error
-
-
-def _document(row: Any, source: str) -> str:
-    """The text of one row."""
-    if isinstance(row, str):
-        return row
-    fields = row if isinstance(row, dict) else {}
-    for field in FIELDS:
-        if isinstance(fields.get(field), str):
-            return str(fields[field])
-    turns = fields.get("messages")
-    if isinstance(turns, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str | None)
-        for turn in turns
-    ):
-        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns if turn["content"])
-    for names in PAIRS:
-        if (
-            isinstance(fields.get(names[0]), str)
-            and isinstance(fields.get(names[-1]), str)
-            and all(isinstance(fields.get(name), str | None) for name in names)
-        ):
-            return "\n\n".join(fields[name] for name in names if fields.get(name))
-    raise CalibrationError(
-        f"{source}: a row has the fields {', '.join(map(repr, fields)) or 'none'}; needed is 'text', 'content' or 'messages'"
-    )

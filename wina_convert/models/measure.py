@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..progress import Advance
 from ..runtime.linear import WinaLinear, gated_modules, observing
-from ..runtime.rule import dropped
+from ..runtime.rule import dropped, overall
 from .stream import StreamedModel
 
 POSITIONS = 64  # logits at a time: [64, vocabulary] in float32, a few times over, is what the head needs in memory
@@ -26,7 +26,7 @@ class Measurement:
         projections: fraction skipped, by projection.
         tokens: number of predicted tokens.
         perplexity: exp of the mean negative log likelihood (nats).
-        dense_perplexity: of the dense model; None where none was given, as for the rest.
+        dense_perplexity: of the dense model; None where nothing was compared, as for the rest.
         kl: mean KL(dense || gated) per token, in nats.
         agreement: fraction of tokens at which both models' most likely next token is the same.
         logit_error: largest difference of a logit, relative to the largest dense logit.
@@ -41,6 +41,11 @@ class Measurement:
     kl: float | None = None
     agreement: float | None = None
     logit_error: float | None = None
+
+    @property
+    def rise(self) -> float | None:
+        """By how much the perplexity is above the dense model's, as a part of that; None where nothing was compared."""
+        return None if self.dense_perplexity is None else self.perplexity / self.dense_perplexity - 1
 
 
 def measure(
@@ -58,14 +63,16 @@ def measure(
         gated: a WINA checkpoint.
         tokens: [N, S], int64: the text.
         sparsities: fractions to skip.
-        dense: the source; None: no comparison.
+        dense: the source; None: compare with the checkpoint at sparsity 0, where that is among the sparsities.
         batch_size: sequences at a time.
         same_head: what follows the layers is the same in both, so that one copy in memory will do.
         advance: told the number of sequences that a layer has done.
     """
     batches = list(tokens.split(batch_size))
     embedded = gated.embed(batches)
-    states = {sparsity: list(embedded) for sparsity in sparsities}
+    states = {
+        sparsity: list(embedded) for sparsity in sorted(sparsities)
+    }  # 0 first: the others may be compared with it
     reference = dense.embed(batches) if dense else []
     del embedded
     names = list(gated_modules(gated.model))
@@ -92,7 +99,10 @@ def measure(
                     target = ids[positions.start + 1 : positions.stop + 1]
                     expected = dense_head(reference[number][row, positions]).float().cpu() if dense else None
                     for sparsity, hidden in states.items():
-                        sums[sparsity].add(head(hidden[number][row, positions]).float().cpu(), target, expected)
+                        logits = head(hidden[number][row, positions]).float().cpu()
+                        if sparsity == 0 and dense is None:
+                            expected = logits
+                        sums[sparsity].add(logits, target, expected)
     weights = {name: module.in_features * module.out_features for name, module in gated_modules(gated.model).items()}
     inputs = {name: module.in_features * tokens.numel() for name, module in gated_modules(gated.model).items()}
     return [
@@ -101,11 +111,6 @@ def measure(
         )
         for sparsity in sparsities
     ]
-
-
-def overall(fractions: Mapping[str, float], weights: Mapping[str, int]) -> float:
-    """Mean of a fraction over projections, each counted by its weights."""
-    return sum(fractions[name] * weights[name] for name in fractions) / sum(weights[name] for name in fractions)
 
 
 def _advance_states(run: Callable[[Tensor], Tensor], states: list[Tensor], advance: Advance) -> None:

@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..architectures import ARCHITECTURES
+from ..architectures import ARCHITECTURES, REFUSED
 from ..errors import SourceError
 from ..format.folder import Folder, read_config
 from ..format.shards import TensorSpec, read_headers
 from ..format.trust import check_folder
 from ..progress import Progress, silent
-from . import hub
 
 CAUSAL_LM = ("ForCausalLM", "LMHeadModel")
 
@@ -61,6 +60,8 @@ def open_source(
         raise SourceError(
             f"{model} is not a folder; give the folder that holds config.json, or a Hub id such as org/name"
         )
+    from . import hub  # here: a local folder needs no client of the Hub
+
     with hub.explained(model, revision):
         if headers_only:
             commit, folder = hub.fetch_headers(model, revision, token, tqdm_class, _check_config)
@@ -96,10 +97,19 @@ def _check_config(name: str, config: dict[str, Any], trusted: bool = False) -> N
         )
     if classes and not any(entry.endswith(CAUSAL_LM) for entry in classes):
         raise SourceError(f"{name} is not a causal language model ({', '.join(classes)}); give one that generates text")
-    experts = next((key for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key)), None)
-    if experts:
+    if not isinstance(model_type, str):
+        raise SourceError(f"{name} has no model_type in its config.json; get the file again")
+    if model_type not in ARCHITECTURES:
+        _check_type(name, model_type, config, trusted)
+
+
+def _check_type(name: str, model_type: str, config: dict[str, Any], trusted: bool) -> None:
+    """Refuse a type that no table lists where its config shows already that its structure need not be looked at."""
+    if any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
         raise SourceError(f"{name} is a mixture of experts ({model_type}), which is not supported; give a dense model")
-    if not isinstance(model_type, str) or not (trusted and "auto_map" in config or _generates_text(model_type)):
+    if model_type in REFUSED:
+        raise SourceError(f"{name} is of type {model_type!r}, which is not supported: {REFUSED[model_type]}")
+    if not (trusted and "auto_map" in config) and not _generates_text(model_type):
         raise SourceError(
             f"{name} is of type {model_type!r}, of which the installed transformers knows no causal language model; "
             "upgrade transformers, or pass --trust-remote-code if the model brings its own code"
@@ -107,8 +117,7 @@ def _check_config(name: str, config: dict[str, Any], trusted: bool = False) -> N
 
 
 def _generates_text(model_type: str) -> bool:
-    if model_type in ARCHITECTURES:
-        return True
+    """Whether transformers has a causal LM of this type."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # slow, and needed here alone
 
     return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

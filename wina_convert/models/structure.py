@@ -1,5 +1,6 @@
 """What a causal LM's decoder layers are made of: the projections that can be gated, and what a token only looks up."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,9 @@ def decoder_layers(model: PreTrainedModel) -> str:
     """
     config = model.config
     count = getattr(config, "num_hidden_layers", None)
-    lists = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count]
+    lists: list[str] = [
+        name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count
+    ]
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     if len(outer) != 1:
         found = " and ".join(outer) if outer else "no list of its own"
@@ -125,13 +128,23 @@ def find_projections(
     return found
 
 
-def lookup_bytes(model: PreTrainedModel, keys: dict[str, str], stored_bytes: dict[str, int]) -> int:
-    """Bytes of the embeddings that a token only looks up: not the tied input embedding, which is the head as well."""
+def looked_up(model: PreTrainedModel, keys: Mapping[str, str]) -> set[str]:
+    """The embeddings that a token only looks up, by parameter: not the tied input embedding, which is the head as well.
+
+    Args:
+        model: the skeleton.
+        keys: checkpoint key of each stored parameter.
+    """
     head = model.get_output_embeddings()
     own_head = any(keys.get(f"{name}.{WEIGHT}") for name, module in model.named_modules() if module is head)
-    looked_up = {
+    found = {
         f"{name}.{WEIGHT}"
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and (own_head or module is not model.get_input_embeddings())
     }
-    return sum(stored_bytes[keys[name]] for name in looked_up if name in keys)
+    return found & keys.keys()
+
+
+def lookup_bytes(model: PreTrainedModel, keys: dict[str, str], stored_bytes: dict[str, int]) -> int:
+    """Bytes of the embeddings that a token only looks up."""
+    return sum(stored_bytes[keys[name]] for name in looked_up(model, keys))

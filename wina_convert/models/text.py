@@ -32,17 +32,31 @@ def load_tokenizer(folder: Folder) -> Any:
         ) from error
 
 
+def context_of(folder: Folder) -> int:
+    """Tokens that a model can take at once; 512 where its config does not say."""
+    return int(folder.config.get("max_position_embeddings") or folder.config.get("n_positions") or 512)
+
+
 def sequence_length(folder: Folder, asked: int | None) -> int:
     """Tokens of a sequence: what was asked, or 512, or the model's context where that is shorter.
 
     Raises:
         OptionError: the asked length is under 8 or does not fit the context.
     """
-    context = folder.config.get("max_position_embeddings") or folder.config.get("n_positions") or 512
+    context = context_of(folder)
     length = min(512, context) if asked is None else asked
     if not 8 <= length <= context:
         raise OptionError(f"sequence length is {length}; give 8 to {context}, the context of {folder.name}")
     return int(length)
+
+
+def prefix(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer puts before a text: BOS, for most; for some, nothing."""
+    # An empty text also gets what comes behind, so subtract that.
+    empty, with_text = tokenizer("").input_ids, tokenizer("a").input_ids
+    return list(
+        empty[: next((i for i, (a, b) in enumerate(zip(empty, with_text, strict=False)) if a != b), len(empty))]
+    )
 
 
 def sequences(documents: Iterable[str], tokenizer: Any, length: int, limit: int, where: str) -> Tensor:
@@ -68,11 +82,9 @@ def sequences(documents: Iterable[str], tokenizer: Any, length: int, limit: int,
         characters += len(document)
         if characters >= enough:
             break
-    # Everything in front of the text's own tokens; an empty text also gets what comes behind, so subtract that.
-    empty, with_text = tokenizer("").input_ids, tokenizer("a").input_ids
-    prefix = empty[: next((i for i, (a, b) in enumerate(zip(empty, with_text, strict=False)) if a != b), len(empty))]
+    before = prefix(tokenizer)
     ids = tokenizer("\n\n".join(texts)[:enough], add_special_tokens=False, verbose=False).input_ids
-    body = length - len(prefix)
+    body = length - len(before)
     rows = len(ids) // body
     if rows < 2:
         raise CalibrationError(
@@ -80,7 +92,7 @@ def sequences(documents: Iterable[str], tokenizer: Any, length: int, limit: int,
             "give more text or a smaller --seq-len"
         )
     packed = torch.tensor(ids[: rows * body], dtype=torch.int64).view(rows, body)
-    return torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(rows, -1), packed], dim=1)
+    return torch.cat([torch.tensor(before, dtype=torch.int64).expand(rows, -1), packed], dim=1)
 
 
 def split(packed: Tensor, samples: int, seed: int) -> tuple[Tensor, Tensor]:

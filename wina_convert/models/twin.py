@@ -107,8 +107,8 @@ def _factor(config: PreTrainedConfig, fields: dict[str, Any]) -> int:
     widths = [value for name, value in fields.items() if _WIDTH.fullmatch(name) and type(value) is int and value > 0]
     heads = fields.get(config.attribute_map.get("num_attention_heads", "num_attention_heads"))
     hidden = fields.get(config.attribute_map.get("hidden_size", "hidden_size"))
-    whole = type(heads) is int and type(hidden) is int
-    width = fields.get("head_dim") or (hidden // heads if whole else HEAD_DIM)
+    derived = hidden // heads if isinstance(heads, int) and isinstance(hidden, int) else HEAD_DIM
+    width = fields.get("head_dim") or derived
     rotary = [value // 4 for name, value in fields.items() if name.endswith("rope_head_dim") and type(value) is int]
     common = math.gcd(*widths, width)
     return max((f for f in range(1, min(width // HEAD_DIM, *rotary, width) + 1) if common % f == 0), default=1)

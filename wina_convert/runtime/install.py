@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import CheckpointError
 from ..format.config import WinaConfig
-from ..format.curve import ascends
+from ..format.curve import ascends, starts_at_zero
 from ..format.grid import check_sparsity
 from ..format.names import WEIGHT
 from .linear import DenseLinear, WinaLinear, gated_modules
@@ -36,7 +36,13 @@ def install(model: nn.Module, config: WinaConfig) -> None:
         # nn.Linear stores [out, in], Conv1D [in, out]
         in_features, out_features = plain.weight.shape if isinstance(plain, Conv1D) else plain.weight.shape[::-1]
         replacement = WinaLinear(
-            in_features, out_features, config.grid, plain.bias is not None, plain.weight.dtype, plain.weight.device
+            in_features,
+            out_features,
+            config.grid,
+            plain.bias is not None,
+            plain.weight.dtype,
+            plain.weight.device,
+            config.biases,
         )
         model.set_submodule(matches[0], replacement)
     for module in model.modules():
@@ -53,15 +59,17 @@ def configure(model: nn.Module, config: WinaConfig) -> None:
     """Set sparsity and prefill of every gated projection from the config; the weights are loaded.
 
     Raises:
-        CheckpointError: norms or thresholds are no such numbers.
+        CheckpointError: norms, thresholds or biases are no such numbers.
     """
     for name, module in gated_modules(model).items():
         norms = module.column_norms
         good = (norms.isfinite() & (norms >= 0)).all() & ascends(module.thresholds)
+        if module.biases is not None:
+            good = good & starts_at_zero(module.biases)
         if not good.is_meta and not good:
             raise CheckpointError(
-                f"{name}: column norms are not finite and positive, or thresholds not ascending from 0; the checkpoint is "
-                "damaged: get or convert it again"
+                f"{name}: column norms are not finite and positive, thresholds not ascending from 0, or biases not finite from "
+                "0; the checkpoint is damaged: get or convert it again"
             )
         module.dense_prefill = config.prefill == "dense"
         module.set_sparsity(config.sparsity or 0.0)

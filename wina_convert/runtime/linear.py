@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..format.curve import threshold_at
-from ..format.names import COLUMN_NORMS, THRESHOLDS
+from ..format.names import BIASES, COLUMN_NORMS, THRESHOLDS
 from .kernels import dense_linear, gated_linear, gated_linears
 from .rule import cutoffs
 
-EXACT = (COLUMN_NORMS, THRESHOLDS, "tau")  # stay float32 when the model is cast
+EXACT = (COLUMN_NORMS, THRESHOLDS, BIASES, "tau")  # stay float32 when the model is cast
 TOGETHER = ("cuda",)  # devices on which several products of the same x cost less in one launch
 
 
@@ -34,15 +34,17 @@ HANDOVER = Handover()
 
 
 class WinaLinear(nn.Module):
-    """Replaces `nn.Linear` (or GPT-2's `Conv1D`) and computes y = W (x * keep) + b.
+    """Replaces `nn.Linear` (or GPT-2's `Conv1D`) and computes y = W (x * keep) + b, where b may depend on the sparsity.
 
     Attributes:
         weight_t: [in, out], the model's dtype: W transposed.
         column_norms: [in], float32: the weighting of the score.
         thresholds: [K], float32: one threshold for each sparsity of `grid`.
         bias: [out], the model's dtype, or None.
+        biases: [K, out], float32: what is added to `bias` at each sparsity of `grid`, nothing at 0; or None.
         tau: [in], float32: `thresholds` at `sparsity`, over `column_norms`; None until `set_sparsity`, and for good where
             the weights are offloaded: then each call computes it.
+        shifted: [out], the model's dtype: `bias` with `biases` at `sparsity`; None as `tau`, and where there are no `biases`.
         dense_prefill: compute calls with several tokens a sequence without skipping.
         siblings: projections that are called after this one with the same x; this one computes their products too, where
             that is faster, and leaves the results in `HANDOVER`. `grouping.group` sets them.
@@ -59,6 +61,7 @@ class WinaLinear(nn.Module):
         bias: bool,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        biases: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -76,8 +79,13 @@ class WinaLinear(nn.Module):
         self.thresholds = frozen(len(self.grid), dtype=torch.float32)
         self.bias: nn.Parameter | None
         self.register_parameter("bias", frozen(out_features, dtype=dtype) if bias else None)
+        self.biases: nn.Parameter | None
+        shifts = frozen(len(self.grid), out_features, dtype=torch.float32) if biases else None
+        self.register_parameter(BIASES, shifts)
         self.tau: Tensor | None
+        self.shifted: Tensor | None
         self.register_buffer("tau", None, persistent=False)
+        self.register_buffer("shifted", None, persistent=False)
 
     @property
     def weight(self) -> Tensor:
@@ -99,19 +107,36 @@ class WinaLinear(nn.Module):
         if not self.grid[0] <= sparsity <= self.grid[-1]:
             raise OptionError(f"sparsity is {sparsity}; this checkpoint has thresholds up to {self.grid[-1]}")
         self.sparsity = sparsity
-        self.tau = None if self.thresholds.is_meta else self._cutoffs()
+        with torch.inference_mode(False):  # or a gradient could not pass it later
+            self.tau = None if self.thresholds.is_meta else self._cutoffs()
+            self.shifted = None if self.thresholds.is_meta else self._shifted()
 
-    def set_threshold(self, threshold: Tensor | float) -> None:
-        """Skip the inputs whose score is at most this, a float32 scalar, instead of what the stored curve says."""
+    def set_threshold(self, threshold: Tensor | float, sparsity: float = 0.0) -> None:
+        """Skip the inputs whose score is at most this, a float32 scalar, instead of what the stored curve says.
+
+        Args:
+            threshold: the threshold.
+            sparsity: whose bias to add, within the grid.
+        """
+        self.sparsity = sparsity
         value = torch.as_tensor(threshold, dtype=torch.float32, device=self.column_norms.device)
-        self.tau = cutoffs(value, self.column_norms)
+        with torch.inference_mode(False):
+            self.tau = cutoffs(value, self.column_norms)
+            self.shifted = self._shifted()
 
     def forget_threshold(self) -> None:
         """Drop the cutoffs, whose memory is the layer's; each call computes them until a threshold is set again."""
-        self.tau = None
+        self.tau = self.shifted = None
 
     def _cutoffs(self) -> Tensor:
         return cutoffs(threshold_at(self.thresholds, self.grid, self.sparsity), self.column_norms).detach()
+
+    def _shifted(self) -> Tensor | None:
+        """The bias at the sparsity [out]; None where it is `bias` itself."""
+        if self.biases is None or self.sparsity == 0:  # at 0 the dense layer, which may have none
+            return None
+        shift = threshold_at(self.biases, self.grid, self.sparsity)
+        return (shift if self.bias is None else self.bias + shift).to(self.weight_t.dtype).detach()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the model's dtype."""
@@ -126,9 +151,9 @@ class WinaLinear(nn.Module):
         weight_t = self.weight_t
         operand = x if x.dtype == weight_t.dtype else x.to(weight_t.dtype)  # under autocast
         if not (self.siblings and self._together(x, weight_t)):
-            return gated_linear(operand, weight_t, self._tau(x), self.bias)
+            return gated_linear(operand, weight_t, self._tau(x), self._bias(x))
         group = (self, *self.siblings)
-        weights_t, biases = [module.weight_t for module in group], [module.bias for module in group]
+        weights_t, biases = [module.weight_t for module in group], [module._bias(x) for module in group]
         own, *ys = gated_linears(operand, weights_t, [module._tau(x) for module in group], biases)
         HANDOVER.left = (x, tuple([(module, module.tau, y) for module, y in zip(self.siblings, ys, strict=True)]))
         return own
@@ -138,9 +163,18 @@ class WinaLinear(nn.Module):
         tau = self.tau
         if tau is None:
             tau = self._cutoffs()
-        if self.dense_prefill and x.dim() > 1 and x.shape[-2] > 1:
-            return torch.full_like(tau, -1.0)  # no magnitude is below
-        return tau
+        return torch.full_like(tau, -1.0) if self._dense(x) else tau  # no magnitude is below -1
+
+    def _bias(self, x: Tensor) -> Tensor | None:
+        """The bias [out] for this call, in the model's dtype."""
+        if self.biases is None or self._dense(x):
+            return self.bias
+        shifted = self.shifted if self.tau is not None else self._shifted()
+        return self.bias if shifted is None else shifted
+
+    def _dense(self, x: Tensor) -> bool:
+        """Whether this call uses every input."""
+        return self.dense_prefill and x.dim() > 1 and x.shape[-2] > 1
 
     def _together(self, x: Tensor, weight_t: Tensor) -> bool:
         """Whether the siblings' products can be computed now: with this x, weights that are here, and without gradient."""
@@ -163,6 +197,8 @@ class WinaLinear(nn.Module):
             tensor = getattr(self, name)
             if tensor.dtype != exact.dtype:
                 tensor.data = exact.to(tensor.device)
+        if self.shifted is not None and not self.thresholds.is_meta:
+            self.shifted = self._shifted()  # in the new dtype, not rounded twice
         return self
 
     def extra_repr(self) -> str:

@@ -12,14 +12,15 @@ from torch import nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
+from ..defaults import torch_defaults
 from ..errors import CheckpointError, WinaError, as_checkpoint_error, one_line
 from ..format.checkpoint import open_checkpoint
-from ..format.config import WinaConfig
 from ..format.names import INSTALL, WEIGHT
 from ..format.shards import sentinel
 from .grouping import group
 from .install import configure, install
 from .linear import gated_modules
+from .quantization import WinaConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,6 +30,7 @@ class WinaQuantizer(HfQuantizer):
     """Builds and finishes the gated model inside `from_pretrained`."""
 
     quantization_config: WinaConfig
+    chosen_attention = False  # whether the caller named one, which is never replaced
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -37,6 +39,7 @@ class WinaQuantizer(HfQuantizer):
             )
 
     def update_attn_implementation(self, config: Any) -> Any:
+        self.chosen_attention = config._attn_implementation is not None
         return accept(config)
 
     update_tp_plan = update_attn_implementation  # the hook with the config in transformers before 5.21
@@ -53,7 +56,7 @@ class WinaQuantizer(HfQuantizer):
 
         configure(model, self.quantization_config)
         group(model)
-        attention.use(model)
+        attention.use(model, not self.chosen_attention)
         for module in model.modules():
             if hasattr(module, "save_pretrained"):  # a part of the model that is saved alone needs the sentinel too
                 module.hf_quantizer = self  # type: ignore[assignment]
@@ -126,8 +129,10 @@ def load(path: str, sparsity: float | None = None, prefill: str | None = None, *
     folder = Path(path, kwargs.get("subfolder") or "")
     if folder.is_dir():
         open_checkpoint(folder)  # before transformers reads its config
+    default = torch.get_default_device()  # where transformers loads to; "meta" would hold no weights
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, **{"trust_remote_code": False} | kwargs)
+        with torch_defaults("cpu" if default.type == "meta" else default):
+            model = AutoModelForCausalLM.from_pretrained(path, **{"trust_remote_code": False} | kwargs)
     except WinaError:
         raise
     except Exception as error:  # whatever transformers makes of a strange folder

@@ -5,6 +5,8 @@ is at most the projection's threshold t, so ties are dropped and t = 0 changes n
 |x_j| <= t / ||W[:, j]||_2, in float32, with the right side computed once when the model is loaded.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -64,3 +66,8 @@ def bytes_read(nbytes: int, in_features: int, skipped: float) -> int:
         skipped: fraction of the inputs that are skipped.
     """
     return round(nbytes * (1 - skipped)) + 4 * in_features
+
+
+def overall(fractions: Mapping[str, float], weights: Mapping[str, int]) -> float:
+    """Mean of a fraction over projections, each counted by its weights."""
+    return sum(fractions[name] * weights[name] for name in fractions) / sum(weights[name] for name in fractions)

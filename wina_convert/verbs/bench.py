@@ -11,9 +11,10 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from ..defaults import torch_defaults
 from ..errors import OptionError
 from ..format.checkpoint import open_checkpoint
-from ..format.dtypes import check_dtype
+from ..format.dtypes import dtype_name
 from ..format.grid import check_sparsity
 from ..progress import Progress, silent
 from ..runtime.install import set_sparsity
@@ -24,6 +25,7 @@ from . import benchmark
 from .bench_models import RANDOM, fit, make_dense, random_model, sharing_copy
 from .benchmark import SPARSITIES, Benchmark, Speed, machine, read, seconds
 
+PROMPT = 512  # tokens, where the context holds as many
 COUNTED = 8  # tokens, at most, over which the bytes that one reads are averaged
 
 
@@ -52,12 +54,13 @@ class Ready:
     loads: dict[float | None, tuple[int, float | None]]
 
 
+@torch_defaults()
 def bench_model(
     folder: str | None = None,
     *,
     random: str | None = None,
     sparsities: Sequence[float] = SPARSITIES,
-    prompt_tokens: int = 512,
+    prompt_tokens: int | None = None,
     tokens: int = 32,
     repeats: int = 3,
     dtype: str = "auto",
@@ -70,7 +73,7 @@ def bench_model(
         folder: a WINA checkpoint.
         random: instead of it, a Llama shape with random weights: "1b", "3b" or "8b".
         sparsities: at which to run the gated model.
-        prompt_tokens: length of the prompt.
+        prompt_tokens: length of the prompt; None: 512, or what the context leaves where that is less.
         tokens: tokens decoded after it, of which the median time counts.
         repeats: times the prompt is run, of which the median counts.
         dtype: "auto" (as stored; bfloat16 if random), "float32", "bfloat16" or "float16".
@@ -100,7 +103,7 @@ def bench_model(
             for k in range(tokens):
                 reads.append(seconds(read, memory))
                 for sparsity, model in models.items():
-                    token = prompt[:, k % prompt_tokens][None]
+                    token = prompt[:, k % prompt.shape[1]][None]
                     took, caches[sparsity] = _step(model, sparsity, token, caches[sparsity])
                     clocks[sparsity].decode.append(took)
                     advance(1)
@@ -136,7 +139,7 @@ def prepare(
     folder: str | None,
     random: str | None,
     sparsities: Sequence[float],
-    prompt_tokens: int,
+    prompt_tokens: int | None,
     tokens: int,
     repeats: int,
     dtype: str,
@@ -152,17 +155,19 @@ def prepare(
     if (folder is None) == (random is None):
         raise OptionError(f"give either a checkpoint or a random model ({', '.join(RANDOM)})")
     for value, name in ((prompt_tokens, "prompt tokens"), (tokens, "tokens"), (repeats, "repeats")):
-        if value < 1:
+        if value is not None and value < 1:
             raise OptionError(f"{name} is {value}; give at least 1")
     asked = tuple([check_sparsity(sparsity) for sparsity in dict.fromkeys(sparsities)])
-    check_dtype(dtype)
+    dtype = dtype_name(dtype)
     torch.manual_seed(seed)
     if folder is not None:
         name = open_checkpoint(folder).folder.name  # before the load: it says more about what is wrong
         gated = load(folder, dtype=dtype).to(device)
     else:
         gated, name = random_model(str(random), "bfloat16" if dtype == "auto" else dtype, device), f"random {random}"
-    longest = getattr(gated.config, "max_position_embeddings", prompt_tokens + tokens)
+    longest = getattr(gated.config, "max_position_embeddings", PROMPT + tokens)
+    if prompt_tokens is None:
+        prompt_tokens = max(1, min(PROMPT, longest - tokens))
     if prompt_tokens + tokens > longest:
         raise OptionError(f"{prompt_tokens} prompt tokens and {tokens} more exceed the context of {longest}")
     prompt = torch.randint(gated.config.vocab_size, (1, prompt_tokens)).to(device)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from ..defaults import torch_defaults
 from ..progress import Progress, silent
 from ..runtime.install import set_sparsity
 from ..runtime.linear import gated_modules
@@ -31,13 +32,14 @@ class _Clock:
     eager: list[float] = field(default_factory=list)
 
 
+@torch_defaults()
 def bench_cuda(
     device: torch.device,
     folder: str | None = None,
     *,
     random: str | None = None,
     sparsities: Sequence[float] = SPARSITIES,
-    prompt_tokens: int = 512,
+    prompt_tokens: int | None = None,
     tokens: int = 32,
     repeats: int = 3,
     dtype: str = "auto",
@@ -51,7 +53,7 @@ def bench_cuda(
         folder: a WINA checkpoint.
         random: instead of it, a Llama shape with random weights: "1b", "3b" or "8b".
         sparsities: at which to run the gated model.
-        prompt_tokens: length of the prompt.
+        prompt_tokens: length of the prompt; None: 512, or what the context leaves where that is less.
         tokens: tokens decoded after it.
         repeats: turns, of which the median counts.
         dtype: "auto" (as stored; bfloat16 if random), "float32", "bfloat16" or "float16".

@@ -7,6 +7,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from ..defaults import torch_defaults
 from ..progress import Progress, silent
 from . import card
 from .bench_products import Timed, asked_of, product_calls, product_rows
@@ -17,6 +18,7 @@ from .card import CardBenchmark
 SHAPES = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
 
 
+@torch_defaults()
 @torch.inference_mode()
 def bench_cuda_products(
     device: torch.device,

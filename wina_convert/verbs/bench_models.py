@@ -100,6 +100,5 @@ def make_dense(model: Any) -> Any:
             model.set_submodule(name, plain)
         elif isinstance(module, DenseLinear):
             module.__class__ = nn.Linear  # type: ignore[assignment]
-    if model.config._attn_implementation == attention.SDPA:
-        model.set_attn_implementation("sdpa")
+    attention.use(model, False)
     return model

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..defaults import torch_defaults
 from ..errors import OptionError
-from ..format.dtypes import FLOATS, check_dtype
+from ..format.dtypes import FLOATS, dtype_name
 from ..format.grid import check_sparsity
 from ..progress import Progress, silent
 from ..runtime.kernels import gated_linear
@@ -39,6 +40,7 @@ class Timed:
     seconds: float
 
 
+@torch_defaults()
 @torch.inference_mode()
 def bench_products(
     shapes: Sequence[tuple[int, int]] = SHAPES,
@@ -95,7 +97,7 @@ def asked_of(
         OptionError: one of them cannot be used.
     """
     asked = [check_sparsity(sparsity) for sparsity in dict.fromkeys(sparsities)]
-    check_dtype(dtype)
+    dtype = dtype_name(dtype)
     if repeats < 1 or not shapes or any(size < 1 for shape in shapes for size in shape):
         raise OptionError(f"repeats is {repeats} and shapes are {list(shapes)}; give numbers of at least 1")
     return asked, FLOATS["bfloat16" if dtype == "auto" else dtype]

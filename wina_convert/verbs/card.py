@@ -127,7 +127,7 @@ def captured(calls: Callable[[], object]) -> Callable[[], None]:
 
 def bandwidths(device: torch.device, repeats: int = 9) -> tuple[float, float]:
     """Bytes a second at which the card reads its memory, and at which it copies (read and written bytes together)."""
-    memory = torch.ones(WORKING_SET // 4, device=device)
+    memory = torch.ones(WORKING_SET // 4, dtype=torch.float32, device=device)
     other = torch.empty_like(memory)
 
     def timed(call: Callable[[], Tensor]) -> float:

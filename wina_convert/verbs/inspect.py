@@ -5,12 +5,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..fitting.budget import budget_of, kind_of
+from ..defaults import torch_defaults
+from ..fitting.budget import Budget, budget_of, kind_of
 from ..format.checkpoint import open_checkpoint
 from ..format.curve import threshold_at
 from ..format.names import REPORT, WEIGHT_T, split_layer
-from ..models.measure import overall
-from ..runtime.rule import bytes_read
+from ..format.shards import TensorSpec
+from ..runtime.rule import bytes_read, overall
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Inspection:
         source: name of what was converted.
         scheme: how the scores were weighted.
         allocation: how the sparsity was divided among the projections.
-        asked: the fraction asked of each kind of projection at the default sparsity.
+        asked: the fraction asked of each kind of projection at the default sparsity, the mean of its layers.
+        biases: whether biases along the sparsity are added.
         basis: the kind of basis that is folded into the weights; "none": the source's.
         layers: its layers with gated projections.
         measured_at: the sparsity at which `achieved` was measured; None without a report.
@@ -55,12 +57,14 @@ class Inspection:
     scheme: str
     allocation: str
     asked: dict[str, float]
+    biases: bool
     basis: str
     layers: tuple[LayerSummary, ...]
     measured_at: float | None
     other_bytes: int
 
 
+@torch_defaults()
 def inspect_checkpoint(folder: str | Path) -> Inspection:
     """Summarise a checkpoint; reads the thresholds and no weight.
 
@@ -109,12 +113,24 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         source=str(config.source.get("name", "unknown")),
         scheme=config.scheme,
         allocation=config.allocation,
-        asked={kind_of(name): budget.asked(name, sparsity) for name in keys},
+        asked=_asked(budget, specs, keys, sparsity),
+        biases=config.biases,
         basis=str(config.basis.get("kind", "unknown")),
         layers=tuple(layers),
         measured_at=held_out[0] if held_out else None,
         other_bytes=sum(spec.nbytes for spec in specs.values()) - gated,
     )
+
+
+def _asked(
+    budget: Budget, specs: Mapping[str, TensorSpec], keys: Mapping[str, str], sparsity: float
+) -> dict[str, float]:
+    """What is asked of each kind of projection, from checkpoint keys by name."""
+    names: dict[str, list[str]] = {}
+    for name in keys:
+        names.setdefault(kind_of(name), []).append(name)
+    weights = {name: specs[f"{key}.{WEIGHT_T}"].numel for name, key in keys.items()}
+    return {kind: budget.overall({name: weights[name] for name in same}, sparsity) for kind, same in names.items()}
 
 
 def _held_out(folder: Path, names: Iterable[str]) -> tuple[float, Mapping[str, float]] | None:

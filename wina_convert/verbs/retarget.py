@@ -7,37 +7,64 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..format.checkpoint import open_checkpoint
+from ..fitting.budget import budget_of
+from ..format.checkpoint import Checkpoint, open_checkpoint
+from ..format.default import default_line, with_default
 from ..format.durable import replacing
 from ..format.grid import check_sparsity
 from ..format.manifest import renewed_manifest
-from ..format.names import CONFIG, MANIFEST
+from ..format.names import CARD, CONFIG, MANIFEST, REPORT, WEIGHT_T
+from ..runtime.rule import bytes_read
 
 
 def retarget(folder: str | Path, sparsity: float) -> None:
-    """Change the default sparsity of a WINA checkpoint in its config.json, and that file's entry in the manifest.
+    """Change the default sparsity of a WINA checkpoint in its config.json, report and card, and their entries in the manifest.
 
-    Killed between the two, it leaves a checkpoint that loads and does not verify; running it again repairs that.
+    What was measured at conversion stays. Killed meanwhile, it leaves a checkpoint that loads and does not verify; running it
+    again repairs that.
 
     Raises:
         OptionError: the sparsity is outside [0, 0.95].
         CheckpointError: the folder is not a WINA checkpoint or cannot be written.
     """
-    sparsity = check_sparsity(sparsity)
+    folder, sparsity = Path(folder), check_sparsity(sparsity)
     checkpoint = open_checkpoint(folder)
     replace(checkpoint.config, sparsity=sparsity)  # checks it against the grid
-    content = _retargeted(checkpoint.folder.config_text, sparsity).encode()
-    manifest = Path(folder) / MANIFEST
-    if not manifest.exists():  # another program saved the checkpoint
-        _write(Path(folder) / CONFIG, content)
-        return
-    before = manifest.read_bytes()
-    _write(manifest, renewed_manifest(Path(folder), CONFIG, content))
+    files = {CONFIG: _retargeted(checkpoint.folder.config_text, sparsity).encode(), **_described(checkpoint, sparsity)}
+    if (folder / MANIFEST).exists():  # else another program saved the checkpoint
+        files = {MANIFEST: renewed_manifest(folder, files), **files}
+    before = {name: (folder / name).read_bytes() for name in files}
+    written = []
     try:
-        _write(Path(folder) / CONFIG, content)
+        for name, content in files.items():
+            _write(folder / name, content)
+            written.append(name)
     except CheckpointError:
-        _write(manifest, before)
+        for name in written:
+            _write(folder / name, before[name])
         raise
+
+
+def _described(checkpoint: Checkpoint, sparsity: float) -> dict[str, bytes]:
+    """Report and card for another default, where the folder has the ones of a conversion."""
+    folder, specs = checkpoint.folder.path, checkpoint.folder.tensors
+    budget = budget_of(checkpoint.config)
+    weights = {name: specs[f"{key}.{WEIGHT_T}"] for name, key in checkpoint.gated_keys().items()}
+    skipped = sum(
+        spec.nbytes - bytes_read(spec.nbytes, spec.shape[0], budget.asked(name, sparsity))
+        for name, spec in weights.items()
+    )
+    try:
+        report = json.loads((folder / REPORT).read_bytes())
+        reads = report["bytes_per_token"]
+        reads["gated"] = reads["dense"] - skipped
+        line = default_line(sparsity, reads["dense"], reads["gated"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    files = {REPORT: (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode()}
+    with suppress(OSError, ValueError):
+        files[CARD] = with_default((folder / CARD).read_bytes().decode(), line).encode()
+    return files
 
 
 def _retargeted(text: str, sparsity: float) -> str:

@@ -2,53 +2,78 @@
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ..defaults import torch_defaults
 from ..errors import VerificationError, as_checkpoint_error
 from ..fitting.budget import Budget, budget_of
 from ..fitting.schemes import Scheme, scheme_of
 from ..format.checkpoint import Checkpoint, open_checkpoint
-from ..format.manifest import entry, files_of, read_manifest
-from ..format.names import COLUMN_NORMS, REPORT, WEIGHT_T
+from ..format.curve import starts_at_zero
+from ..format.manifest import entry, files_of, read_manifest, write_manifest
+from ..format.names import BIASES, COLUMN_NORMS, REPORT, WEIGHT_T
 from ..format.trust import check_folder
-from ..models.stream import checkpoint_stream
 from ..progress import Progress, silent
 
 ROUNDING = 1e-4  # of norms and thresholds, computed again on another machine
 SPENT = 1e-9  # of the sparsity that shares come to, which are stored in full
 
 
-def verify_folder(folder: str | Path, progress: Progress = silent) -> int:
+@dataclass(frozen=True)
+class Verified:
+    """A checkpoint that is what a conversion wrote.
+
+    Attributes:
+        files: how many files the manifest names.
+        accepted: those of them that were changed, added or taken away since, and are signed now.
+    """
+
+    files: int
+    accepted: tuple[str, ...] = ()
+
+
+@torch_defaults()
+def verify_folder(folder: str | Path, progress: Progress = silent, accept: bool = False) -> Verified:
     """Check every file of a checkpoint against the manifest, and its tensors and config against each other.
 
     Args:
         folder: a WINA checkpoint.
         progress: how to report it.
-
-    Returns:
-        number of files.
+        accept: take files beside the weights as they are, and write the manifest for them if all else is well.
 
     Raises:
         CheckpointError: it is not a WINA checkpoint, or has no manifest that can be read.
         VerificationError: a file is missing, extra or changed; norms are not those of the weights; thresholds are not finite
-            and ascending; what is asked of the projections is not the sparsity of the whole; config and tensors do not fit
-            together.
+            and ascending, or biases not finite from 0; what is asked of the projections is not the sparsity of the whole;
+            config and tensors do not fit together.
     """
     folder = Path(folder)
     with as_checkpoint_error():
         check_folder(folder, hidden=True)
     files = read_manifest(folder)
     present = set(files_of(folder))
+    accepted = []
     for problem, names in (("missing", set(files) - present), ("not in the manifest", present - set(files))):
-        if names:
-            raise VerificationError(f"{folder}: {min(names)!r} is {problem} ({len(names)} such files); get it again")
+        for name in sorted(names):
+            if not accept or _holds_weights(name):
+                raise VerificationError(
+                    f"{folder}: {name!r} is {problem} ({len(names)} such files); {_remedy(folder, name)}"
+                )
+            accepted.append(name)
     with progress("Verifying files", sum(int(one["size"]) for one in files.values()), "B") as advance:
         for name, recorded in files.items():
-            if entry(folder / name) != recorded:
-                raise VerificationError(f"{folder / name} was changed since the conversion; get it again")
+            if name in present and entry(folder / name) != recorded:
+                if not accept or _holds_weights(name):
+                    raise VerificationError(
+                        f"{folder / name} was changed since the conversion; {_remedy(folder, name)}"
+                    )
+                accepted.append(name)
             advance(int(recorded["size"]))
+    from ..models.stream import checkpoint_stream  # here: a file that was changed is told without transformers
+
     checkpoint = open_checkpoint(folder)
     with as_checkpoint_error(folder):
         checkpoint_stream(checkpoint, torch.device("cpu"))  # every parameter of the model has a tensor of its shape
@@ -57,6 +82,7 @@ def verify_folder(folder: str | Path, progress: Progress = silent) -> int:
     with progress("Verifying tensors", len(keys), "projection") as advance:
         for name, key in keys.items():
             _check_norms(checkpoint, name, key, scheme)
+            _check_biases(checkpoint, key)
             advance(1)
     _check_budget(checkpoint, budget)
     found = checkpoint.thresholds()
@@ -69,7 +95,21 @@ def verify_folder(folder: str | Path, progress: Progress = silent) -> int:
         if math.isclose(reported.get(name, math.nan), threshold, rel_tol=ROUNDING):
             continue
         raise VerificationError(f"{name}: the threshold at the default sparsity is not that of {REPORT}; convert again")
-    return len(files)
+    if accepted:
+        write_manifest(folder)
+    return Verified(len(read_manifest(folder)), tuple(sorted(accepted)))
+
+
+def _holds_weights(name: str) -> bool:
+    """Whether a file is weights or says where they are: nobody edits those."""
+    return name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def _remedy(folder: Path, name: str) -> str:
+    """What to do about a file that is not as the manifest says."""
+    if _holds_weights(name):
+        return "get it again: it holds weights, so it is damaged"
+    return f"get it again, or run `wina verify {folder} --accept` if it is meant to be so"
 
 
 def _check_budget(checkpoint: Checkpoint, budget: Budget) -> None:
@@ -86,11 +126,20 @@ def _check_budget(checkpoint: Checkpoint, budget: Budget) -> None:
 def _check_norms(checkpoint: Checkpoint, name: str, key: str, scheme: Scheme) -> None:
     stored = dict(checkpoint.read([f"{key}.{WEIGHT_T}", f"{key}.{COLUMN_NORMS}"]))
     norms = stored[f"{key}.{COLUMN_NORMS}"]
-    expected = scheme.column_weights(name, stored[f"{key}.{WEIGHT_T}"]) if scheme.recomputed else norms
-    if not (norms.isfinite().all() and torch.allclose(norms, expected, ROUNDING, atol=0)):
+    expected = scheme.column_weights(name, stored[f"{key}.{WEIGHT_T}"])
+    if not scheme.recomputed:  # known is only which columns weigh nothing
+        norms, expected = norms.where(norms <= 0, 1.0), (expected > 0).float()
+    if not (stored[f"{key}.{COLUMN_NORMS}"].isfinite().all() and torch.allclose(norms, expected, ROUNDING, atol=0)):
         raise VerificationError(
             f"{key}.{COLUMN_NORMS} are not those of its weights for scheme {scheme.name!r}; convert again"
         )
+
+
+def _check_biases(checkpoint: Checkpoint, key: str) -> None:
+    if checkpoint.config.biases:
+        ((name, biases),) = checkpoint.read([f"{key}.{BIASES}"])
+        if not starts_at_zero(biases):
+            raise VerificationError(f"{name} are not finite and 0 at sparsity 0; convert again")
 
 
 def _recorded(folder: Path, checkpoint: Checkpoint) -> dict[str, float] | None:

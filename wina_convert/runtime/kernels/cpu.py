@@ -49,8 +49,8 @@ def compiled(dtype: torch.dtype) -> Any:
     try:
         from . import streaming
 
-        one = torch.ones(1, 1, dtype=dtype)
-        streaming.columns(one, one, torch.zeros(1), None)
+        one = torch.ones(1, 1, dtype=dtype, device="cpu")
+        streaming.columns(one, one, torch.zeros(1, dtype=torch.float32, device="cpu"), None)
         streaming.dots(one, one, None)
         return streaming
     except Exception as error:

@@ -333,7 +333,7 @@ def dots(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def read(memory: Tensor) -> None:
     """Read a contiguous tensor once with all threads."""
     threads = torch.get_num_threads()
-    sums = torch.empty(threads, dtype=torch.int64)
+    sums = torch.empty(threads, dtype=torch.int64, device="cpu")
     _run(_read_code(), threads, None, memory, None, None, sums, 0, 0, memory.nbytes // 8, 0)
 
 
@@ -370,5 +370,5 @@ def _scratch(nbytes: int) -> int:
     """Address of this Python thread's scratch memory."""
     buffer = getattr(_local, "buffer", None)
     if buffer is None or buffer.nbytes < nbytes:
-        buffer = _local.buffer = torch.empty(nbytes, dtype=torch.uint8)
+        buffer = _local.buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     return buffer.data_ptr()

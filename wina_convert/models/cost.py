@@ -1,0 +1,58 @@
+"""What a token costs when a model decodes, from headers alone: bytes of weights read and multiply-accumulates."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..format.names import COLUMN_NORMS, THRESHOLDS, WEIGHT, WEIGHT_T
+from ..format.shards import TensorSpec
+from ..runtime.linear import gated_modules
+from ..runtime.rule import bytes_read
+from .stream import StreamedModel
+from .structure import looked_up
+
+NOT_READ = (COLUMN_NORMS, THRESHOLDS)  # the cutoffs that were made of them at load are
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one token, everything dense included: head, norms and biases. Cached keys and values are not weights.
+
+    Attributes:
+        nbytes: bytes of weights, cutoffs and biases read.
+        macs: multiply-accumulates of the weight matrices; those of attention itself grow with the context and are left out.
+    """
+
+    nbytes: int
+    macs: int
+
+
+def token_cost(
+    gated: StreamedModel, specs: Mapping[str, TensorSpec], skipped: Mapping[str, float] | None = None
+) -> Cost:
+    """The cost of a token.
+
+    Args:
+        gated: a WINA checkpoint's model; no weight of it is read.
+        specs: the headers of the checkpoint.
+        skipped: fraction of its inputs that each gated projection skips, by module name; None: the dense model, which has
+            no cutoffs.
+    """
+    gates, unread = gated_modules(gated.model), looked_up(gated.model, gated.keys)
+    nbytes = macs = 0
+    for name, key in gated.keys.items():
+        owner, _, leaf = name.rpartition(".")
+        spec = specs[key]
+        if name in unread or (owner in gates and leaf in NOT_READ):
+            continue
+        if owner in gates and leaf == WEIGHT_T:
+            part = skipped[owner] if skipped else 0.0
+            nbytes += bytes_read(spec.nbytes, spec.shape[0] if skipped else 0, part)
+            macs += round(spec.numel * (1 - part))
+        else:
+            nbytes += spec.nbytes
+            matrix = isinstance(gated.model.get_submodule(owner), (nn.Linear, Conv1D, nn.Embedding))
+            macs += spec.numel if matrix and leaf == WEIGHT else 0
+    return Cost(nbytes, macs)

@@ -1,0 +1,96 @@
+"""Which stored tensors a model takes, and whether it is still the same model without the others."""
+
+import re
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel
+
+from ..errors import SourceError
+from ..format.dtypes import FLOATS
+from ..format.names import split_layer
+from ..format.shards import TensorSpec
+from ..runtime.keys import check_parameters, checkpoint_keys
+from .discovery import architecture_of
+from .source import Source
+from .stream import build_skeleton
+
+ADAPTER = re.compile(r"(^|[._])(lora|dora|loha|lokr|ia3|vera|boft|oft|adapter)s?[._]", re.IGNORECASE)
+
+
+def taken(source: Source, allow_unused: bool = False) -> tuple[Source, tuple[str, ...]]:
+    """Keep the tensors that the model takes, and name the others: masks and frequencies of old checkpoints, say.
+
+    A tied matrix that is stored under the head's name alone gets the embedding's.
+
+    Args:
+        source: the checkpoint.
+        allow_unused: leave out also what was part of the model.
+
+    Raises:
+        SourceError: without the others it is another model: an adapter that is not merged, a bias or a layer that config.json
+            does not know.
+    """
+    model = build_skeleton(source, torch.float32)
+    keys = checkpoint_keys(model, source.tensors)
+    layers = architecture_of(source, model).layers
+    unused = tuple(key for key in source.tensors if key not in set(keys.values()))
+    lost = [key for key in unused if _was_part(source.tensors[key], model, layers)]
+    if lost and not allow_unused:
+        remedy = "merge the adapter into the weights" if ADAPTER.search(lost[0]) else "mend config.json"
+        raise SourceError(
+            f"{source.name} holds {lost[0]!r} ({len(lost)} such tensors), for which the model of its config.json has no place; "
+            f"without it this is another model: {remedy}, or pass --allow-unused to leave it out"
+        )
+    renamed = {
+        keys[head]: embedding
+        for head, embedding in model.all_tied_weights_keys.items()
+        if head in keys and embedding not in keys
+    }
+    specs = (spec for key, spec in source.tensors.items() if key not in unused)
+    named = (
+        replace(spec, name=renamed[spec.name], stored=spec.name) if spec.name in renamed else spec for spec in specs
+    )
+    return replace(source, tensors={spec.name: spec for spec in named}), unused
+
+
+def check_stored(source: Source, model: PreTrainedModel, keys: dict[str, str], cast: bool) -> None:
+    """Hold the headers of a source against its model, before a weight is read.
+
+    Args:
+        source: the checkpoint.
+        model: its skeleton.
+        keys: checkpoint key of each parameter.
+        cast: whether everything is stored in a dtype that the user chose.
+
+    Raises:
+        SourceError: a tensor is missing, or has another shape or a dtype that cannot be converted.
+    """
+    check_parameters(model, keys, source.tensors)
+    for spec in source.tensors.values():
+        dtype = str(spec.dtype).removeprefix("torch.")
+        if spec.dtype == torch.float64 and not cast:
+            raise SourceError(
+                f"tensor {spec.name!r} of {source.name} is {dtype}; pass --dtype float32, bfloat16 or float16"
+            )
+        if spec.dtype.is_floating_point and spec.dtype not in (*FLOATS.values(), torch.float64):
+            raise SourceError(
+                f"tensor {spec.name!r} of {source.name} is {dtype}; convert a checkpoint in float32, bfloat16 or float16"
+            )
+
+
+def _was_part(spec: TensorSpec, model: PreTrainedModel, layers: str) -> bool:
+    """Whether a tensor that the model does not take had a part in what its checkpoint computed."""
+    known = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    if any(re.search(pattern, spec.name) for pattern in known):
+        return False
+    if ADAPTER.search(spec.name):
+        return True
+    module, _, leaf = spec.name.rpartition(".")
+    if leaf != "weight" and (leaf != "bias" or len(spec.shape) != 1):  # a mask has more dimensions
+        return False
+    base = f"{model.base_model_prefix}."
+    modules = dict(model.named_modules())
+    place = split_layer(spec.name)
+    in_layer = place is not None and place[0] in (layers, layers.removeprefix(base))
+    return in_layer or (leaf == "bias" and (module in modules or base + module in modules))
