@@ -23,6 +23,7 @@ def report_text(report: dict[str, Any], out: str, seconds: float) -> str:
             f"  perplexity    dense {held_out['dense_perplexity']:.2f}, gated {held_out['perplexity']:.2f} ({rise:+.1%})",
             f"  bytes/token   {size(reads['dense'])} -> {size(reads['gated'])} ({reads['gated'] / reads['dense'] - 1:+.0%})",
             f"  basis         {basis_text(report['basis'])}",
+            calibration_text(report["calibration"] | {"asked": report["options"]["samples"]}),
             *unused_text(report["unused"]),
             f'Try it: wina generate {out} --prompt "Once upon a time"',
         ]
@@ -47,10 +48,19 @@ def plan_text(plan: dict[str, Any], out: str) -> str:
             f"  bytes/token   {size(reads['dense'])} -> {size(reads['gated'])} at {plan['sparsity']:.1%} sparsity "
             f"({reads['gated'] / reads['dense'] - 1:+.0%})",
             f"  basis         {basis_text(plan['basis'])}",
+            calibration_text(plan["calibration"]),
             *unused_text(plan["unused"]),
             f"  disk          {size(plan['disk_bytes'])} in {out}",
             f"  time          about {duration(plan['seconds'])}, the download aside",
         ]
+    )
+
+
+def calibration_text(found: dict[str, Any]) -> str:
+    """A line on the text; what was asked of it and it does not hold is said."""
+    less = f", fewer than the {found['asked']} asked for: it holds no more" if found["samples"] < found["asked"] else ""
+    return printable(
+        f"  calibration   {found['samples']} sequences of {found['seq_len']} tokens of {found['text']}{less}"
     )
 
 
