@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import printable
 from ..format.names import split_layer
+from ..progress import duration
 
 if TYPE_CHECKING:
     from ..verbs.benchmark import Benchmark, ProductSpeed
@@ -172,14 +173,6 @@ def size(count: float) -> str:
         if count >= scale:
             return f"{count / scale:.2f} {unit}"
     return f"{count:.0f} B"
-
-
-def duration(seconds: float) -> str:
-    """A time in the unit one would say it in."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def by_layer(cells: dict[str, str]) -> list[list[str]]:

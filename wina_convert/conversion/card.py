@@ -1,5 +1,6 @@
 """The model card of a WINA checkpoint: README.md with metadata for the Hub."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ On {sequences} sequences of {length} tokens that no threshold was fitted on ({ca
 | KL to dense, nats a token | 0 | {kl:.4f} |
 | same most likely token | 100% | {agreement:.1%} |
 | bytes of weights read for a token | {dense_bytes:.2f} MB | {gated_bytes:.2f} MB |
-
+{pictures}
 Gated are {n} projections of {layers} layers ({targets}). Calibration: {samples} sequences of {length} tokens of {calibration}
 text, seed {seed}.{fewer}
 
@@ -100,13 +101,14 @@ def _strings(value: Any) -> list[str]:
     return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str) and one]
 
 
-def write_card(folder: Path, source: Source, report: dict[str, Any]) -> None:
+def write_card(folder: Path, source: Source, report: dict[str, Any], pictures: Mapping[str, str] | None = None) -> None:
     """Write the model card into a staged checkpoint.
 
     Args:
         folder: the staged checkpoint.
         source: what was converted.
         report: as in wina_report.json.
+        pictures: files of the folder with what they show.
     """
     kept = source_metadata(source)
     on_hub = source.revision is not None
@@ -123,6 +125,7 @@ def write_card(folder: Path, source: Source, report: dict[str, Any]) -> None:
     fewer = calibration["samples"] < options["samples"]
     reads = report["bytes_per_token"]
     body = BODY.format(
+        pictures="".join(f"\n![{shown}]({name})\n" for name, shown in (pictures or {}).items()),
         default=default_line(held_out["sparsity"], reads["dense"], reads["gated"]),
         basis=UNCHANGED if report["basis"]["kind"] == "none" else TURNED,
         title=f"{source.name.rpartition('/')[2]}-wina",

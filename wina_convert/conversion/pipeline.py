@@ -166,7 +166,7 @@ def _convert(
             "verification": {"sequences": len(held_out), **proof.as_dict()},
         }
         write_json(folder / REPORT_FILE, report)
-        write_card(folder, source, report)
+        write_card(folder, source, report, pictures.PICTURES if asked.plot else None)
         if asked.plot:
             pictures.draw_conversion(folder, report, curves, plan.budget)
         write_manifest(folder)

@@ -82,6 +82,30 @@ def open_source(
         return _open_folder(model, path, path.name, trust_remote_code)
 
 
+def checkpoint_folder(
+    model: str,
+    revision: str | None = None,
+    token: str | None = None,
+    tqdm_class: type[Any] | None = None,
+    progress: Progress = silent,
+) -> str:
+    """The folder of a WINA checkpoint: the one given or, for a Hub id, the one in the cache into which it is downloaded.
+
+    Raises:
+        SourceError: it cannot be downloaded.
+    """
+    if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        return model
+    from . import hub
+
+    with hub.explained(model, revision):
+        _, config = read_config(hub.fetch_config(model, revision, token, tqdm_class))
+        block = config.get("quantization_config")
+        if not isinstance(block, dict) or block.get("quant_method") != "wina":
+            raise SourceError(f"{model} is not a WINA checkpoint; make one with `wina-convert {model} --out DIR`")
+        return str(hub.fetch_weights(model, revision, token, tqdm_class, progress))
+
+
 def _in_cache(folder: Path) -> Path:
     """A folder; for that of a repository in the Hub's cache, the snapshot of its branch main."""
     try:
