@@ -49,12 +49,12 @@ def plan_report(
     plan: ConversionPlan,
     turn: Turn | None,
     sparsity: float,
-    samples: int,
-    length: int,
+    calibration: dict[str, Any],
     device: torch.device,
     unused: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What a dry run tells: what would be gated and what left out, bytes a token before and after, time and disk."""
+    samples, length = calibration["samples"], calibration["seq_len"]
     calibrated = len(levels(sparsity)) * (samples + min(PILOT, samples))
     passes = (
         calibrated + 3 * HELD_OUT + (basis_sequences(samples, length) if turn else 0) + search_sequences(plan)
@@ -74,6 +74,7 @@ def plan_report(
         "sparsity": sparsity,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "device": str(device),
+        "calibration": calibration,
         "basis": turn.shown() if turn else {"kind": "none"},
         **shape_report(plan, sparsity),
         "unused": list(unused),
