@@ -1,5 +1,6 @@
 """How far a long step is: the library reports it, the caller chooses the form."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
@@ -29,22 +30,52 @@ def bars(label: str, total: int, unit: str) -> Iterator[Advance]:
         yield bar.update
 
 
-def lines(write: Callable[[str], object]) -> Progress:
-    """A plain line at the start, at each quarter and at the end of a step, for logs."""
+def lines(write: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> Progress:
+    """A plain line at the start, at each quarter and at the end of a step, for logs; with the time it took and will take.
+
+    Args:
+        write: called with each line.
+        clock: tells the time in seconds.
+    """
 
     @contextmanager
     def step(label: str, total: int, unit: str) -> Iterator[Advance]:
-        done, quarter = 0, 0
+        begin, done, quarter = clock(), 0, 0
         scale, shown = (2**20, "MiB") if unit == "B" and total >= 2**20 else (1, unit)
+        if unit != "B" and total != 1:
+            shown += "s"
 
         def advance(count: int) -> None:
             nonlocal done, quarter
             done += count
             if total and done * 4 // total > quarter:
                 quarter = done * 4 // total
-                write(f"{label}: {done // scale} of {total // scale} {shown}")
+                took = clock() - begin
+                left = f", about {duration(took * (total - done) / done)} left" if done < total else ""
+                write(f"{label}: {done // scale} of {total // scale} {shown}, {duration(took)}{left}")
 
         write(f"{label}: {total // scale} {shown}")
         yield advance
 
     return step
+
+
+def grouped(advance: Advance, size: int) -> Advance:
+    """Tells `advance` of every `size` units that are done: of layers, where a layer is so many sequences."""
+    done = 0
+
+    def count(units: int) -> None:
+        nonlocal done
+        before, done = done // size, done + units
+        if done // size > before:
+            advance(done // size - before)
+
+    return count
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit one would say it in."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

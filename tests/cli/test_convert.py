@@ -10,9 +10,10 @@ import pytest
 from safetensors.torch import load_file
 
 import wina_convert as package
+from support.breaking import failing
 from support.commands import SMALL, Terminal, contents, refused, run, run_wina, succeeded
-from wina_convert.cli import wina
-from wina_convert.progress import lines
+from wina_convert.cli import wina, wina_convert
+from wina_convert.progress import grouped, lines
 
 MODEL = "one layer"  # see support/shared.py
 
@@ -76,10 +77,10 @@ def test_without_a_terminal_progress_is_plain_lines_that_reach_the_total(tiny: P
         steps.setdefault(label, []).append(rest)
     assert len(steps) >= 3
     for label, (start, *rest) in steps.items():
-        amount, unit = start.split(" ")
+        amount, unit = start.split(" ")  # layers, tensors, bytes
         assert float(amount) > 0, label
         assert 1 <= len(rest) <= 4, label
-        assert rest[-1] == f"{amount} of {amount} {unit}", label
+        assert re.fullmatch(rf"{amount} of {amount} {unit}, \d+ s", rest[-1]), label
     for word in ("alibrat", "riting", "erif"):
         assert word in " ".join(steps)
 
@@ -87,17 +88,36 @@ def test_without_a_terminal_progress_is_plain_lines_that_reach_the_total(tiny: P
 @pytest.mark.parametrize(
     ("total", "unit", "advances", "expected"),
     [
-        (8, "sequence", [1] * 8, ["8 sequence", *(f"{n} of 8 sequence" for n in (2, 4, 6, 8))]),
-        (3, "tensor", [3], ["3 tensor", "3 of 3 tensor"]),
-        (100 << 20, "B", [50 << 20, 50 << 20], ["100 MiB", "50 of 100 MiB", "100 of 100 MiB"]),
+        (
+            8,
+            "layer",
+            [1] * 8,
+            [
+                "8 layers",
+                "2 of 8 layers, 20 s, about 60 s left",
+                "4 of 8 layers, 40 s, about 40 s left",
+                "6 of 8 layers, 60 s, about 20 s left",
+                "8 of 8 layers, 80 s",
+            ],
+        ),
+        (1, "layer", [1], ["1 layer", "1 of 1 layer, 10 s"]),
+        (3, "tensor", [3], ["3 tensors", "3 of 3 tensors, 10 s"]),
+        (
+            100 << 20,
+            "B",
+            [25 << 20, 75 << 20],
+            ["100 MiB", "25 of 100 MiB, 10 s, about 30 s left", "100 of 100 MiB, 20 s"],
+        ),
     ],
 )
 def test_a_step_prints_a_line_at_the_start_and_at_each_quarter(
     total: int, unit: str, advances: list[int], expected: list[str]
 ):
     printed: list[str] = []
-    with lines(printed.append)("Working", total, unit) as advance:
+    time = [0]
+    with lines(printed.append, lambda: time[0])("Working", total, unit) as advance:
         for count in advances:
+            time[0] += 10
             advance(count)
     assert printed == [f"Working: {line}" for line in expected]
 
@@ -106,14 +126,24 @@ def test_a_small_number_of_bytes_is_not_printed_as_zero():
     printed: list[str] = []
     with lines(printed.append)("Writing", 300_000, "B") as advance:
         advance(300_000)
-    assert not [line for line in printed if re.search(r"\b0 ", line)], printed
+    assert not [line for line in printed if re.search(r"\b0 (?!s)", line)], printed
 
 
 def test_a_step_of_nothing_prints_and_does_not_fail():
     printed: list[str] = []
     with lines(printed.append)("Working", 0, "tensor") as advance:
         advance(0)
-    assert printed == ["Working: 0 tensor"]
+    assert printed == ["Working: 0 tensors"]
+
+
+@pytest.mark.parametrize("steps", [[1] * 12, [5, 7], [12], [3, 3, 3, 3]])
+def test_sequences_are_told_as_layers(steps: list[int]):
+    told: list[int] = []
+    advance = grouped(told.append, 4)
+    for count in steps:
+        advance(count)
+    assert sum(told) == 3
+    assert all(told)
 
 
 def test_on_a_terminal_progress_is_bars_with_units(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -122,8 +152,21 @@ def test_on_a_terminal_progress_is_bars_with_units(source: Path, tmp_path: Path,
     bars = [bar.split("\r")[-1] for bar in terminal.stderr.split("\n")]
     done = [bar for bar in bars if "100%|" in bar]
     assert len(done) == len([bar for bar in bars if "%|" in bar]) >= 3
-    assert [bar for bar in done if " sequence/s" in bar]
+    assert [bar for bar in done if " layer/s" in bar or "s/ layer" in bar]
     assert [bar for bar in done if "kB/s" in bar or "MB/s" in bar]
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_terminal_says_at_once_what_is_under_way(
+    quiet: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    terminal = Terminal(monkeypatch)
+    monkeypatch.setattr(
+        "wina_convert.conversion.pipeline.ConversionOptions", failing(AssertionError("before anything is done"))
+    )
+    with pytest.raises(AssertionError, match="before anything"):
+        wina_convert.main([str(source), "--out", str(tmp_path / "out"), *(["--quiet"] if quiet else [])])
+    assert terminal.stderr == ("" if quiet else f"Reading {source} ...\n")
 
 
 # --- dry run ---

@@ -208,6 +208,24 @@ def test_the_picture_of_the_sparsity_has_a_line_for_what_is_asked_of_each_kind(
     assert max(kinds.values()) < high
 
 
+def test_the_pictures_have_axes_and_legends(divided: Divided, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn: list[Any] = []
+    monkeypatch.setattr(plot, "_save", lambda figure, path: drawn.append(figure))
+    scores = torch.linspace(0.1, 1, 9, dtype=torch.float64)
+    names = divided.report["verification"]["held_out"]["projections"]
+    plot.draw_sparsity(tmp_path / "picture.png", divided.report, Budget())
+    plot.draw_scores(tmp_path / "picture.png", 0.5, {name: plot.ScoreCurve(scores, scores / 9, 0.4) for name in names})
+    sparsity, found = drawn
+    assert sparsity.axes[0].get_xlabel() == "decoder layer"
+    assert sparsity.axes[0].get_ylabel() == "fraction of inputs skipped"
+    assert len(sparsity.axes[0].get_legend().get_texts()) == len({kind(name) for name in names}) + 1
+    assert found.get_supxlabel() == "score |x| · column weight"
+    assert found.get_supylabel() == "scores in a factor of 2"
+    assert [text.get_text() for text in found.legends[0].get_texts()] == ["threshold at 50%"]
+    assert found.axes[-1].get_ylabel() == "decoder layer"  # of the colours
+    assert all(len(axes.get_yticks()) > 1 for axes in found.axes if axes.get_visible())
+
+
 @pytest.mark.parametrize("family", ["phi3", "gpt2", pytest.param("gpt_neox", marks=pytest.mark.slow)])
 def test_families_with_fused_projections_have_shares_too(family: str, tmp_path: Path):
     source = make_model(family, tmp_path / "source")

@@ -50,6 +50,10 @@ model-index: []
         ("license: mit\nlanguage: de\ntags: stories", "tags", {"stories", "wina", "activation-sparsity"}),
         ("license: mit\nlanguage: de\ntags: stories", "language", {"de"}),
         ("language:\n- 'no'\n- en", "language", {"no", "en"}),  # to YAML, an unquoted no is false
+        ("language:\n- no\n- en", "language", {"en"}),
+        ("tags:\n- {task: chat}\n- [a, b]\n- 7\n- null\n- stories", "tags", {"stories", "wina", "activation-sparsity"}),
+        ("tags: {task: chat}", "tags", {"task", "wina", "activation-sparsity"}),
+        ("license: [mit, other]\nlanguage: de", "language", {"de"}),
     ],
 )
 def test_a_single_value_or_a_word_that_yaml_misreads_is_carried(
@@ -57,6 +61,21 @@ def test_a_single_value_or_a_word_that_yaml_misreads_is_carried(
 ):
     found = with_card(source, tmp_path / "source", f"---\n{metadata}\n---\n").data.to_dict()[field]
     assert set([found] if isinstance(found, str) else found) == value
+
+
+def test_a_card_and_the_terminal_say_that_the_text_holds_less_than_was_asked_for(source: Path, tmp_path: Path):
+    (tmp_path / "short.txt").write_text("The cat sat on the mat and looked at the rain. " * 60)
+    options = ("--calibration", tmp_path / "short.txt", "--samples", 999, "--seq-len", 32, "--basis", "none")
+    plan = json.loads(run(source, "--out", tmp_path / "out", *options, "--dry-run", "--json").stdout)
+    result = run(source, "--out", tmp_path / "out", *options)
+    succeeded(result)
+    samples = json.loads((tmp_path / "out" / "wina_report.json").read_text())["calibration"]["samples"]
+    assert 0 < samples < 100
+    assert plan["calibration"] == {"text": "short.txt", "samples": samples, "asked": 999, "seq_len": 32}
+    said = f"{samples} sequences of 32 tokens of short.txt, fewer than the 999 asked for"
+    assert said in result.stdout
+    assert said in run(source, "--out", tmp_path / "other", *options, "--dry-run").stdout
+    assert "999 were asked for; the text holds no more." in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.slow

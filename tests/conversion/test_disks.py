@@ -201,7 +201,8 @@ def test_a_disk_with_too_little_space_is_refused_before_anything_is_computed(
         "wina_convert.conversion.pipeline.sequences", failing(AssertionError("calibration text was read"))
     )
     out = tmp_path / "out"
-    refused(run(source, "--out", out), f"{out} needs", str(tmp_path), "free", "another --out")
+    for dry in ((), ("--dry-run",)):
+        refused(run(source, "--out", out, *dry), f"{out} needs", str(tmp_path), "free", "another --out")
     assert contents(tmp_path) == {}
 
 

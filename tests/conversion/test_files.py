@@ -40,6 +40,12 @@ LEFT_BEHIND = {
     "tf_model.h5": b"h5",
     "flax_model.msgpack": b"msgpack",
     "consolidated.safetensors": b"other safetensors",
+    "adapter_config.json": b'{"peft_type": "LORA"}',  # of an adapter that is merged
+    "adapter_model.safetensors": b"adapter",
+    "checkpoint-500/config.json": b"{}",
+    "trainer_state.json": b"{}",
+    "model.fp32.safetensors": b"other safetensors",
+    "video.mp4": b"no sidecar",
     ".gitattributes": b"hidden",
     ".cache/huggingface/download.lock": b"hidden",
 }

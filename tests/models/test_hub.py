@@ -13,6 +13,7 @@ from huggingface_hub.utils import enable_progress_bars
 from support.commands import SMALL, Terminal, contents, refused, run, run_wina, succeeded
 from support.families import make_model
 from support.hub import Hub, use_endpoint
+from wina_convert.models.source import open_source
 
 NAME = "lab/tiny-llama"
 CARD = """---
@@ -38,13 +39,14 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "docs" / "usage.md").write_text("nested\n")
     (folder / "original").mkdir()
     (folder / "original" / "consolidated.00.pth").write_bytes(b"pickle")
-    for name in ("pytorch_model.bin", "tf_model.h5", "model.gguf", "model.onnx", "flax_model.msgpack"):
+    others = ("consolidated.safetensors", "model.fp32.safetensors", "adapter_model.safetensors", "archive.tar.gz")
+    for name in (*others, "pytorch_model.bin", "tf_model.h5", "model.gguf", "model.onnx", "flax_model.msgpack"):
         (folder / name).write_bytes(b"other weights")
     return folder
 
 
 def weights(folder: Path) -> set[str]:
-    return {path.name for path in folder.glob("*.safetensors")}
+    return {path.name for path in folder.glob("model-0*.safetensors")}
 
 
 def test_a_hub_id_becomes_a_checkpoint_that_says_where_it_came_from(hub: Hub, repository: Path, tmp_path: Path):
@@ -69,7 +71,7 @@ def test_a_hub_id_becomes_a_checkpoint_that_says_where_it_came_from(hub: Hub, re
 def test_weights_in_other_formats_are_neither_downloaded_nor_written(hub: Hub, repository: Path, tmp_path: Path):
     hub.add(NAME, repository)
     succeeded(run(NAME, "--out", tmp_path / "out", *SMALL))
-    unwanted = (".bin", ".h5", ".gguf", ".onnx", ".msgpack", ".pth")
+    unwanted = (".bin", ".h5", ".gguf", ".onnx", ".msgpack", ".pth", ".gz")
     assert not [request.path for request in hub.requests if request.path.endswith(unwanted)]
     assert not [path for path in (tmp_path / "out").rglob("*") if path.name.endswith(unwanted)]
     assert {name for name in hub.sent() if name.endswith(".safetensors")} == weights(repository)
@@ -208,6 +210,23 @@ def test_in_offline_mode_the_line_says_so(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refused(run(NAME, "--out", tmp_path / "out", *dry), NAME, "cannot be reached")
     assert not hub.requests
+
+
+def test_what_was_downloaded_once_is_planned_without_a_network(
+    hub: Hub, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    commit = hub.add(NAME, repository)
+    options = (NAME, "--out", tmp_path / "out", "--dry-run", "--json", "--quiet", "--basis", "none")
+    open_source(NAME)
+    online = json.loads(run(*options).stdout)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    result = run(*options)
+    succeeded(result)
+    offline = json.loads(result.stdout)
+    assert offline["source"] == {"name": NAME, "revision": commit}
+    assert {name: value for name, value in offline.items() if name != "seconds"} == {
+        name: value for name, value in online.items() if name != "seconds"
+    }
 
 
 @pytest.mark.slow
@@ -358,3 +377,28 @@ def test_a_local_conversion_opens_no_connection(tiny: Path, tmp_path: Path, monk
     monkeypatch.setattr(socket.socket, "connect_ex", connect)
     monkeypatch.setattr(socket, "getaddrinfo", connect)
     succeeded(run(tiny, "--out", tmp_path / "out", *SMALL))
+
+
+@pytest.mark.parametrize(
+    "verb", [("inspect",), ("generate", "--prompt", "Once", "--max-new-tokens", 2)], ids=lambda v: v[0]
+)
+def test_a_verb_takes_a_checkpoint_on_the_hub(verb: tuple[object, ...], hub: Hub, wina_tiny: Path):
+    name, *options = verb
+    hub.add("lab/tiny-wina", wina_tiny, ref="v2", token="hf_secret")
+    access = ("--revision", "v2", "--token", "hf_secret")
+    remote = run_wina(name, "lab/tiny-wina", *options, *access, "--json", "--quiet")
+    succeeded(remote)
+    found, expected = (
+        json.loads(result.stdout) for result in (remote, run_wina(name, wina_tiny, *options, "--json", "--quiet"))
+    )
+    different = {"name", "tokens_per_second"}
+    assert {key: value for key, value in found.items() if key not in different} == {
+        key: value for key, value in expected.items() if key not in different
+    }
+    refused(run_wina(name, "lab/tiny-wina", *options), "lab/tiny-wina", "--token")
+
+
+def test_a_verb_downloads_no_weights_of_what_is_no_checkpoint(hub: Hub, repository: Path):
+    hub.add(NAME, repository)
+    refused(run_wina("inspect", NAME), NAME, "not a WINA checkpoint")
+    assert not [request.path for request in hub.requests if request.path.endswith(".safetensors")]

@@ -106,6 +106,10 @@ SUPPORTED = tuple(ARCHITECTURES)
 
 # What config.json and the headers show, so that a dry run sees it as well.
 SEEN_EARLY = {
+    "pictures": (
+        config(architectures=["LlavaForConditionalGeneration"], vision_config={"hidden_size": 8}),
+        ("takes more than text", "LlavaForConditionalGeneration", "a model of text alone"),
+    ),
     "no config": (lambda folder: (folder / "config.json").unlink(), ("config.json", "give the folder")),
     "config is a folder": (
         lambda folder: ((folder / "config.json").unlink(), (folder / "config.json").mkdir()),
@@ -168,7 +172,7 @@ SEEN_EARLY = {
     "a page of HTML": (text(SINGLE, "<html>404</html>"), (SINGLE, "not safetensors", "download it again")),
     "git lfs pointer": (
         text(SINGLE, "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 42\n"),
-        (SINGLE, "not safetensors", "download it again"),
+        (SINGLE, "pointer of git-lfs", "git lfs pull"),
     ),
     "no gated weight": (without(GATED), ("model.layers.1.mlp.down_proj",)),
     "gated weight of other shape": (shaped(GATED, 48, 95), (GATED, "(48, 95)", "(48, 96)")),

@@ -75,6 +75,14 @@ def test_what_was_part_of_the_model_is_refused_unless_it_is_to_be_left_out(extra
     assert taken(open_source(str(folder)), allow_unused=True)[1] == tuple(extra)
 
 
+def test_two_tensors_for_one_parameter_are_told_as_such(changed, tmp_path: Path):
+    norm = torch.ones(16)
+    folder = changed({"layers.0.input_layernorm.weight": norm})
+    line = refused(run(folder, "--out", tmp_path / "out", "--dry-run"), "one parameter", "--allow-unused")
+    assert "'layers.0.input_layernorm.weight'" in line
+    assert "'model.layers.0.input_layernorm.weight'" in line
+
+
 def test_an_adapter_is_to_be_merged(changed, tmp_path: Path):
     refused(run(changed(PART["an adapter"]), "--out", tmp_path / "out"), "merge the adapter")
 

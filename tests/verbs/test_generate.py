@@ -130,6 +130,26 @@ def test_what_is_compiled_is_compiled_before_the_clock_runs(wina_tiny: Path, mon
     assert len(seen) == 4
 
 
+def test_the_prompt_is_written_once_also_where_no_text_comes_at_first(converted: Path):
+    options = (
+        "--max-new-tokens",
+        6,
+        "--seed",
+        0,
+        "--temperature",
+        5,
+        "--top-p",
+        1,
+        "--quiet",
+    )  # bytes that are no text yet
+    for seed in range(6):
+        result = run_wina("generate", converted, "--prompt", "Once", *options, "--seed", seed)
+        assert result.stdout.count("Once") == 1
+    written: list[str] = []
+    generate(str(converted), "Once", max_new_tokens=6, write=written.append, echo=True)
+    assert written[0].startswith("Once")
+
+
 def test_json_is_the_text_and_its_measures(wina_tiny: Path):
     result = run_wina("generate", wina_tiny, "--prompt", "The cat", "--max-new-tokens", 4, "--json")
     succeeded(result)

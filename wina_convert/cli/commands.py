@@ -9,9 +9,12 @@ import click
 from ..errors import OptionError, printable
 from .common import (
     Group,
+    begin,
     device_option,
     fractions,
+    hub_options,
     json_option,
+    local,
     print_json,
     progress_of,
     quiet_option,
@@ -36,17 +39,22 @@ wina.add_command(command("convert"))
 
 @wina.command("inspect")
 @click.argument("folder", metavar="DIR")
+@hub_options
+@quiet_option
 @json_option
-def inspect_command(folder: str, as_json: bool) -> None:
+def inspect_command(folder: str, revision: str | None, token: str | None, quiet: bool, as_json: bool) -> None:
     """Show what a checkpoint holds: per layer, its size, thresholds, sparsity and the bytes a token reads.
+
+    DIR is a folder or a Hub id.
 
     \b
     Example:
       wina inspect ./llama-wina
     """
+    begin(quiet, f"Reading {folder}")
     from ..verbs.inspect import inspect_checkpoint
 
-    found = inspect_checkpoint(folder)
+    found = inspect_checkpoint(local(folder, quiet, revision, token))
     if as_json:
         print_json(dataclasses.asdict(found))
         return
@@ -155,19 +163,33 @@ def eval_command(
 @click.option("--seed", default=0, show_default=True, help="Seed of sampling.")
 @device_option
 @click.option("--dtype", default="auto", show_default=True, help="auto (as stored), float32, bfloat16 or float16.")
+@hub_options
 @quiet_option
 @json_option
-def generate_command(folder: str, prompt: str, device: str, quiet: bool, as_json: bool, **options: Any) -> None:
+def generate_command(
+    folder: str,
+    prompt: str,
+    device: str,
+    revision: str | None,
+    token: str | None,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Continue a prompt or answer it, streaming the text, and print the speed.
+
+    DIR is a folder or a Hub id.
 
     \b
     Example:
       wina generate ./llama-wina --prompt "Once upon a time"
     """
+    begin(quiet, f"Reading {folder}")
     from ..models.device import choose_device
     from ..verbs.generate import generate
 
     quiet_transformers()
+    folder = local(folder, quiet, revision, token)
 
     def write(text: str) -> None:
         if not as_json:
@@ -207,6 +229,7 @@ def verify_command(folder: str, accept: bool, quiet: bool, as_json: bool) -> Non
       wina verify ./llama-wina
       wina verify ./llama-wina --accept
     """
+    begin(quiet, f"Reading {folder}")
     from ..verbs.verify import verify_folder
 
     found = verify_folder(folder, progress_of(quiet), accept)
@@ -230,6 +253,7 @@ def retarget_command(folder: str, sparsity: float, quiet: bool, as_json: bool) -
     Example:
       wina retarget ./llama-wina --sparsity 0.4
     """
+    begin(quiet, f"Reading {folder}")
     from ..verbs.retarget import retarget
 
     retarget(folder, sparsity)
@@ -284,6 +308,7 @@ def bench_command(
       wina bench --kernels --shapes 4096x14336
       wina bench --random 8b --device cuda
     """
+    begin(quiet, f"Reading {folder or 'the machine'}")
     import torch
 
     from ..models.device import choose_device

@@ -85,6 +85,25 @@ def print_json(content: Any) -> None:
     click.echo(json.dumps(content, indent=2))
 
 
+def begin(quiet: bool, doing: str) -> None:
+    """Say on a terminal what is under way, before the imports that take seconds."""
+    if sys.stderr.isatty() and not quiet:
+        click.echo(f"{doing} ...", err=True)
+
+
+def local(folder: str, quiet: bool, revision: str | None, token: str | None) -> str:
+    """The folder of a checkpoint, downloaded where it is a Hub id."""
+    from ..models.source import checkpoint_folder
+
+    return checkpoint_folder(folder, revision, token, download_bar(quiet), progress_of(quiet))
+
+
+def hub_options(command: Any) -> Any:
+    """The options of a verb that takes a Hub id for DIR."""
+    token = click.option("--token", help="Hub access token.  [default: that of `hf auth login`]")
+    return click.option("--revision", help="Branch, tag or commit, for a Hub id.")(token(command))
+
+
 def progress_of(quiet: bool) -> Progress:
     """Bars on a terminal, lines in a log, nothing where it is to be quiet."""
     if quiet:

@@ -10,6 +10,7 @@ import click
 from ..conversion.options import ConversionOptions
 from .common import (
     Command,
+    begin,
     download_bar,
     json_option,
     print_json,
@@ -56,6 +57,7 @@ def _convert(out: str, quiet: bool, as_json: bool, dry_run: bool, **options: Any
       wina-convert ./my-model --out ./my-model-wina --sparsity 0.4 --calibration notes.txt
       wina-convert ./my-model --out ./my-model-wina --targets mlp --dry-run
     """
+    begin(quiet, f"Reading {options['model']}")
     from ..conversion.pipeline import convert
 
     quiet_transformers()

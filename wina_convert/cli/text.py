@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import printable
 from ..format.names import split_layer
+from ..progress import duration
 
 if TYPE_CHECKING:
     from ..verbs.benchmark import Benchmark, ProductSpeed
@@ -24,6 +25,7 @@ def report_text(report: dict[str, Any], out: str, seconds: float) -> str:
             f"  perplexity    dense {held_out['dense_perplexity']:.2f}, gated {held_out['perplexity']:.2f} ({rise:+.1%})",
             f"  bytes/token   {size(reads['dense'])} -> {size(reads['gated'])} ({reads['gated'] / reads['dense'] - 1:+.0%})",
             f"  basis         {basis_text(report['basis'])}",
+            calibration_text(report["calibration"] | {"asked": report["options"]["samples"]}),
             *unused_text(report["unused"]),
             *within_text(report["verification"].get("max_ppl_increase")),
             f'Try it: wina generate {out} --prompt "Once upon a time"',
@@ -69,10 +71,19 @@ def plan_text(plan: dict[str, Any], out: str) -> str:
             ),
             f"  basis         {basis_text(plan['basis'])}",
             *[f"  stays dense   {name}: {reason}" for name, reason in plan["stays_dense"].items()],
+            calibration_text(plan["calibration"]),
             *unused_text(plan["unused"]),
             f"  disk          {size(plan['disk_bytes'])} in {out}",
             f"  time          about {duration(plan['seconds'])}, the download aside",
         ]
+    )
+
+
+def calibration_text(found: dict[str, Any]) -> str:
+    """A line on the text; what was asked of it and it does not hold is said."""
+    less = f", fewer than the {found['asked']} asked for: it holds no more" if found["samples"] < found["asked"] else ""
+    return printable(
+        f"  calibration   {found['samples']} sequences of {found['seq_len']} tokens of {found['text']}{less}"
     )
 
 
@@ -237,14 +248,6 @@ def count(number: float) -> str:
         if number >= scale:
             return f"{number / scale:.2f} {unit}"
     return f"{number:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """A time in the unit one would say it in."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def by_layer(cells: dict[str, str]) -> list[list[str]]:

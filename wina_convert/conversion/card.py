@@ -1,5 +1,6 @@
 """The model card of a WINA checkpoint: README.md with metadata for the Hub."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,9 @@ On {sequences} sequences of {length} tokens that no threshold was fitted on ({ca
 | KL to dense, nats a token | 0 | {kl:.4f} |
 | same most likely token | 100% | {agreement:.1%} |
 | bytes of weights read for a token | {dense_bytes:.2f} MB | {gated_bytes:.2f} MB |
-
+{pictures}
 Gated are {n} projections of {layers} layers ({targets}). Calibration: {samples} sequences of {length} tokens of {calibration}
-text, seed {seed}.
+text, seed {seed}.{fewer}
 
 ## Limits
 
@@ -80,22 +81,39 @@ def source_metadata(source: Source) -> dict[str, Any]:
         data: dict[str, Any] = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # a broken card of somebody else is no reason to fail
         return {}
-    kept = ("license", "license_name", "license_link", "language", "tags", "datasets")
-    return {name: data[name] for name in kept if data.get(name)}
+    strings = {name: _strings(data.get(name)) for name in ("language", "tags", "datasets")}
+    words = {name: data.get(name) for name in ("license", "license_name", "license_link")}
+    return {
+        **{name: word for name, word in words.items() if isinstance(word, str) and word},
+        **{name: found for name, found in strings.items() if found},
+    }
 
 
-def write_card(folder: Path, source: Source, report: dict[str, Any]) -> None:
+def _address(source: Source) -> str:
+    """Where on the Hub a source is; it may be in a subfolder of its repository."""
+    repository, inner = source.name.split("/")[:2], source.name.split("/")[2:]
+    place = ["tree", str(source.revision), *inner] if inner else []
+    return "/".join(["https://huggingface.co", *repository, *place])
+
+
+def _strings(value: Any) -> list[str]:
+    """The strings of metadata that should be a list of them, whatever it is."""
+    return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str) and one]
+
+
+def write_card(folder: Path, source: Source, report: dict[str, Any], pictures: Mapping[str, str] | None = None) -> None:
     """Write the model card into a staged checkpoint.
 
     Args:
         folder: the staged checkpoint.
         source: what was converted.
         report: as in wina_report.json.
+        pictures: files of the folder with what they show.
     """
     kept = source_metadata(source)
     on_hub = source.revision is not None
     data = ModelCardData(
-        base_model=source.name if on_hub else None,
+        base_model="/".join(source.name.split("/")[:2]) if on_hub else None,  # without a subfolder
         base_model_relation="quantized" if on_hub else None,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -104,13 +122,15 @@ def write_card(folder: Path, source: Source, report: dict[str, Any]) -> None:
     )
     options, calibration = report["options"], report["calibration"]
     verification, held_out = report["verification"], report["verification"]["held_out"]
+    fewer = calibration["samples"] < options["samples"]
     reads = report["bytes_per_token"]
     body = BODY.format(
+        pictures="".join(f"\n![{shown}]({name})\n" for name, shown in (pictures or {}).items()),
         default=default_line(held_out["sparsity"], reads["dense"], reads["gated"]),
         basis=UNCHANGED if report["basis"]["kind"] == "none" else TURNED,
         title=f"{source.name.rpartition('/')[2]}-wina",
         base=source.name,
-        link=f"https://huggingface.co/{source.name}" if on_hub else ".",
+        link=_address(source) if on_hub else ".",
         here="PATH_OR_ID_OF_THIS_CHECKPOINT",
         sequences=verification["sequences"],
         length=calibration["seq_len"],
@@ -123,6 +143,7 @@ def write_card(folder: Path, source: Source, report: dict[str, Any]) -> None:
         layers=report["layers"],
         targets=", ".join(options["targets"]),
         samples=calibration["samples"],
+        fewer=f" {options['samples']} were asked for; the text holds no more." if fewer else "",
         seed=calibration["seed"],
         revision=f" --revision {source.revision}" if on_hub else "",
         options=" ".join(f"--{name.replace('_', '-')} {value}" for name, value in _scalars(options)),

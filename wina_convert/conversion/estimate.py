@@ -26,7 +26,7 @@ def shape_report(plan: ConversionPlan, sparsity: float) -> dict[str, Any]:
     """The part of a report that the plan alone decides."""
     return {
         "layers": plan.n_layers,
-        "bytes_per_token": {"dense": plan.dense_bytes_per_token, "gated": plan.bytes_per_token(sparsity)},
+        "bytes_per_token": {"dense": plan.family.dense_bytes_per_token, "gated": plan.bytes_per_token(sparsity)},
         "disk_bytes": plan.disk_bytes,
         "projections": {
             projection.name: {"in_features": projection.in_features, "out_features": projection.out_features}
@@ -49,12 +49,12 @@ def plan_report(
     plan: ConversionPlan,
     turn: Turn | None,
     sparsity: float,
-    samples: int,
-    length: int,
+    calibration: dict[str, Any],
     device: torch.device,
     unused: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What a dry run tells: what would be gated and what left out, bytes a token before and after, time and disk."""
+    samples, length = calibration["samples"], calibration["seq_len"]
     calibrated = len(levels(sparsity)) * (samples + min(PILOT, samples))
     passes = (
         calibrated + 3 * HELD_OUT + (basis_sequences(samples, length) if turn else 0) + search_sequences(plan)
@@ -74,9 +74,10 @@ def plan_report(
         "sparsity": sparsity,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "device": str(device),
+        "calibration": calibration,
         "basis": turn.shown() if turn else {"kind": "none"},
         **shape_report(plan, sparsity),
-        "stays_dense": dict(plan.dense),
+        "stays_dense": dict(plan.family.dense),
         "unused": list(unused),
         "seconds": round(seconds, 1),
     }

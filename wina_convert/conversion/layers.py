@@ -16,7 +16,7 @@ from ..format.shard_writer import ShardWriter
 from ..format.shards import sentinel
 from ..models.source import Source
 from ..models.stream import StreamedModel, gated_stream
-from ..progress import Progress
+from ..progress import Progress, grouped
 from ..runtime.linear import gated_modules
 from . import plot as pictures
 from .plan import ConversionPlan
@@ -79,9 +79,9 @@ def write_layers(
         states, kept = _restore(staging.snapshot.tensors, device)
     del embedded
     saved, cost = time.monotonic(), 0.0
-    units = plan.n_layers * len(tokens) * len(config.calibration["levels"])
-    with progress("Calibrating and writing layers", units, "sequence") as advance:
-        advance(done * units // plan.n_layers)
+    with progress(f"Calibrating on {len(tokens)} sequences and writing", plan.n_layers, "layer") as advance:
+        advance(done)
+        by_layer_done = grouped(advance, len(tokens) * len(config.calibration["levels"]))
         for index, keys in enumerate(by_layer[done:], done):
             tensors = stored_tensors(source, plan.steps, dict.fromkeys(plan.origin[key] for key in keys))
             shards.write(tensors)
@@ -92,7 +92,7 @@ def write_layers(
             }
             with model.layer(index, tensors | curves) as run:
                 gates = {name: gate for name, gate in gated_modules(model.model).items() if not gate.weight_t.is_meta}
-                histograms = calibrate_layer(run, gates, states, advance, plan.budget)
+                histograms = calibrate_layer(run, gates, states, by_layer_done, plan.budget)
                 for gate in gates.values():
                     gate.forget_threshold()
             for name, found in histograms.items():

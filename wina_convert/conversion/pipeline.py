@@ -1,8 +1,10 @@
 """`convert`: the straight line from a source to a published checkpoint, and nothing else."""
 
 import hashlib
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -59,13 +61,26 @@ def convert(
         WinaError: whatever stands in the way; nothing is written then.
     """
     asked = ConversionOptions(**options)
+    with TemporaryDirectory() if asked.dry_run else nullcontext() as scratch:
+        return _convert(model, out, asked, Path(scratch) if scratch else None, progress, tqdm_class)
+
+
+def _convert(
+    model: str,
+    out: str | Path,
+    asked: ConversionOptions,
+    scratch: Path | None,
+    progress: Progress,
+    tqdm_class: type[Any] | None,
+) -> dict[str, Any]:
+    """`convert`; a dry run has a folder to put files from the Hub into."""
     shard_bytes(asked.max_shard_size)
     device = choose_device(asked.device)
     if asked.plot:
         check_available()
     check_target(Path(out), model, asked.overwrite)
     found_source = open_source(
-        model, asked.revision, asked.token, asked.trust_remote_code, asked.dry_run, tqdm_class, progress
+        model, asked.revision, asked.token, asked.trust_remote_code, scratch, tqdm_class, progress
     )
     # Only now, so that what is refused above is refused at once: these import transformers.
     import transformers
@@ -89,10 +104,7 @@ def convert(
         plan = make_plan(turn.source, *chosen)
     basis = turn.shown() if turn else {"kind": "none"}
     length = sequence_length(source, asked.seq_len)
-    if asked.dry_run:
-        planned = plan_report(source, plan, turn, asked.sparsity, asked.samples, length, device, unused)
-        return planned | {"max_ppl_increase": asked.max_ppl_increase}
-    check_space(Path(out), disk_bytes(source, plan, turn, asked.sparsity, asked.samples, length))
+    check_space(Path(out), disk_bytes(source, plan, turn, asked.sparsity, 0, length))  # before the text is read
     # A CPU gains nothing from more sequences at a time, and one by one they give the same bits.
     at_a_time = 1 if device.type == "cpu" else asked.batch_size
 
@@ -105,6 +117,11 @@ def convert(
     # Scores are smaller on text that a basis was fitted to: thresholds from there would skip less elsewhere.
     shown = rest if len(rest) >= len(tokens) else seen
     text = Path(asked.calibration).name if Path(asked.calibration).is_file() else asked.calibration
+    check_space(Path(out), disk_bytes(source, plan, turn, asked.sparsity, len(tokens), length))
+    if asked.dry_run:
+        found_text = {"text": text, "samples": len(tokens), "asked": asked.samples, "seq_len": length}
+        planned = plan_report(source, plan, turn, asked.sparsity, found_text, device, unused)
+        return planned | {"max_ppl_increase": asked.max_ppl_increase}
     used = replace(asked, seq_len=length, calibration=text, device=str(device))
     config = WinaConfig(
         sparsity=used.sparsity,
@@ -156,7 +173,7 @@ def convert(
             config = replace(config, sparsity=most)
             write_config(folder, written, config, plan)
         proof = prove(written, plan, folder, held_out, device, at_a_time, progress, source if turn else None)
-        within = within_report(plan, source.architecture.mlp, asked.max_ppl_increase, proof.held_out)
+        within = within_report(plan, plan.family.mlp, asked.max_ppl_increase, proof.held_out)
         report = {
             "versions": versions,
             "source": config.source,
@@ -169,7 +186,7 @@ def convert(
             SEEN: record(torch.cat([seen, held_out])),
         }
         write_json(folder / REPORT_FILE, report)
-        write_card(folder, source, report)
+        write_card(folder, source, report, pictures.PICTURES if asked.plot else None)
         if asked.plot:
             pictures.draw_conversion(folder, report, curves, plan.budget)
         write_manifest(folder)

@@ -43,7 +43,7 @@ class ConversionPlan:
         embedding_bytes: everything outside the decoder layers.
         dense_bytes_per_token: bytes of weights the source reads for a token, embedding lookups aside.
         hidden_size: features of the hidden states between the layers.
-        dense: linear maps of the decoder layers that cannot be gated, relative to a layer, each with the reason.
+        family: what is known of the model's structure.
     """
 
     projections: tuple[Projection, ...]
@@ -60,7 +60,7 @@ class ConversionPlan:
     embedding_bytes: int
     dense_bytes_per_token: int
     hidden_size: int
-    dense: Mapping[str, str]
+    family: Architecture
 
     @property
     def sentinel(self) -> str:
@@ -144,7 +144,7 @@ def make_plan(
         embedding_bytes=outside,
         dense_bytes_per_token=sum(layers.values()) + outside - lookup_bytes(model, keys, stored_bytes),
         hidden_size=model.config.get_text_config().hidden_size,
-        dense=family.dense,
+        family=family,
     )
 
 

@@ -14,6 +14,10 @@ from ..format.names import split_layer
 
 SPARSITY_PNG = "wina_sparsity.png"
 SCORES_PNG = "wina_scores.png"
+PICTURES = {
+    SPARSITY_PNG: "Sparsity achieved by decoder layer and projection",
+    SCORES_PNG: "Distribution of the scores by projection, with the thresholds",
+}
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ def draw_sparsity(path: Path, report: Mapping[str, Any], budget: Budget) -> None
 def draw_scores(path: Path, sparsity: float, curves: Mapping[str, ScoreCurve]) -> None:
     """The distribution of scores of every kind of projection, a line a layer, with the thresholds as ticks on it."""
     from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
 
     kinds: dict[str, list[tuple[int, ScoreCurve]]] = {}
     for name, curve in curves.items():
@@ -97,18 +103,27 @@ def draw_scores(path: Path, sparsity: float, curves: Mapping[str, ScoreCurve]) -
     columns = min(4, len(kinds))
     rows = -(-len(kinds) // columns)
     figure, grid = pictures.figure(max(4 * columns, 7), 3 * rows, rows, columns)
+    last = max(layer for members in kinds.values() for layer, _ in members)
     for axes, (kind, members) in zip(grid.flat, kinds.items(), strict=False):
-        last = max(layer for layer, _ in members)
         for layer, curve in members:
             color = colormaps["viridis"](layer / max(last, 1))
             axes.plot(curve.scores.tolist(), curve.density.tolist(), color=color, linewidth=1)
             if len(curve.scores):
                 height = float(curve.density[int((curve.scores - curve.threshold).abs().argmin())])
                 axes.plot([curve.threshold], [height], marker="|", markersize=16, markeredgewidth=2, color=color)
-        axes.set(xscale="log", title=kind, yticks=[])
+        axes.set(xscale="log", title=kind)
+        axes.yaxis.set_major_formatter(lambda value, position: f"{value:.0%}")
+        axes.grid(alpha=0.3)
     for axes in grid.flat[len(kinds) :]:
         axes.set_visible(False)
-    figure.supxlabel(f"score |x| · column weight; ticks are the thresholds at {sparsity:.0%}, dark lines early layers")
+    (tick,) = grid.flat[0].plot([], [], marker="|", markersize=12, markeredgewidth=2, color="black", linestyle="none")
+    figure.legend([tick], [f"threshold at {sparsity:.0%}"], loc="outside upper right", frameon=False)
+    layers = ScalarMappable(Normalize(0, max(last, 1)), "viridis")
+    bar = figure.colorbar(layers, ax=grid, label="decoder layer", aspect=40)
+    bar.locator.set_params(integer=True)
+    bar.update_ticks()
+    figure.supxlabel("score |x| · column weight")
+    figure.supylabel("scores in a factor of 2")
     pictures.save(figure, path)
 
 

@@ -16,7 +16,7 @@ from ..format.shards import read_rows
 from ..models.measure import Measurement, measure
 from ..models.source import Source
 from ..models.stream import checkpoint_stream, dense_stream
-from ..progress import Progress
+from ..progress import Progress, grouped
 from ..runtime.rule import overall
 from .plan import ConversionPlan
 from .weights import planned_headers, stored_tensors
@@ -87,9 +87,10 @@ def prove(
     at_default_sparsity = checkpoint.thresholds()
     asked = checkpoint.config.sparsity or 0.0
     gated, dense = checkpoint_stream(checkpoint, device), dense_stream(origin or source, plan.dtype, device)
-    with progress("Verifying outputs", plan.n_layers * len(held_out) * 3, "sequence") as advance:
+    with progress(f"Verifying outputs on {len(held_out)} sequences", plan.n_layers, "layer") as advance:
+        by_layer = grouped(advance, len(held_out) * 3)  # dense, and gated at two sparsities
         parity, at_default = measure(
-            gated, held_out, (0.0, asked), dense, batch_size, same_head=origin is None, advance=advance
+            gated, held_out, (0.0, asked), dense, batch_size, same_head=origin is None, advance=by_layer
         )
     if parity.logit_error is None or not parity.logit_error <= PARITY[plan.dtype]:
         raise VerificationError(

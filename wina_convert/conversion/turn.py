@@ -30,7 +30,7 @@ from ..fitting.moments import Moments, empty_moments, gather_layer, pick_tokens
 from ..format.shards import TensorSpec, read_rows, read_tensors
 from ..models.source import Source
 from ..models.stream import StreamedModel, build_skeleton
-from ..progress import Progress
+from ..progress import Progress, grouped
 from ..runtime.keys import checkpoint_keys
 from .options import BASES, check_name
 from .staging import Snapshot
@@ -291,10 +291,11 @@ def gather(
     picks = pick_tokens(len(tokens), tokens.shape[1], turn.effort.kept if turn.effort else 0, seed)
     moments = empty_moments(turn.sizes, device)
     states = stream.embed(tokens.split(batch_size))
-    with progress("Looking at the dense model", len(stream.layers) * len(tokens), "sequence") as advance:
+    with progress(f"Looking at the dense model on {len(tokens)} sequences", len(stream.layers), "layer") as advance:
+        by_layer = grouped(advance, len(tokens))
         for index, layer in enumerate(stream.layers):
             with stream.layer(index) as run:
-                gather_layer(moments, layer, run, states, source.architecture, turn.sizes, picks, residual, advance)
+                gather_layer(moments, layer, run, states, source.architecture, turn.sizes, picks, residual, by_layer)
     return moments
 
 

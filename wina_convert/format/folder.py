@@ -12,22 +12,27 @@ from ..architectures import ARCHITECTURES, Architecture
 from ..errors import SourceError
 from .names import CARD, CONFIG, MANIFEST, REPORT
 from .shards import TensorSpec, read_tensors
-from .trust import check_config, contained
+from .trust import check_config, check_content, contained
 
-# weights in other formats, which a conversion neither needs nor copies
-OTHER_WEIGHTS = (
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.gguf",
-    "*.h5",
-    "*.msgpack",
-    "*.onnx",
-    "*.onnx_data",
-    "*.tflite",
-    "*.ot",
+# What accompanies weights, by name: a conversion takes these files along, and no others.
+SIDECARS = (
+    *("*.json", "*.txt", "*.md", "*.jinja", "*.py", "*.yaml", "*.yml", "*.toml", "*.cfg", "*.html", "*.pdf"),
+    *("*.model", "*.model.*", "*.tiktoken", "*.spm", "*.bpe", "*.vocab"),
+    *("*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp"),
+    *("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "COPYRIGHT*", "AUTHORS*", "USE_POLICY*"),
 )
+# Of these, what belongs to other weights: an adapter that was merged, an optimizer, the same model for other runtimes.
+FOREIGN = (
+    "adapter_*",
+    "trainer_state.json",
+    "original/*",
+    "onnx/*",
+    "openvino/*",
+    "coreml/*",
+    "checkpoint-*/*",
+    "runs/*",
+)
+INDEXES = "*.index.json"
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     path = contained(folder, CONFIG)
     if not path.is_file():
         raise SourceError(f"{folder} has no {CONFIG}; give the folder of a Hugging Face model")
+    check_content(path)
     try:
         text = path.read_bytes().decode("utf-8", errors="replace")  # with its line ends
     except OSError as error:
@@ -93,18 +99,19 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
 def sidecars(folder: Path) -> list[Path]:
     """The files that accompany the weights, relative to the folder: tokenizer, templates, generation config, licence ...
 
-    Not the weights in any format, config.json and README.md (both rewritten), and hidden files.
+    Not config.json and README.md, which are both rewritten, and no hidden files.
 
     Raises:
         SourceError: a name is not printable Unicode: it could not be written into the manifest, or not be shown.
     """
     ours = {CONFIG, CARD, REPORT, MANIFEST}
-    weights = (*OTHER_WEIGHTS, "*.safetensors", "*.index.json")
     found = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if path.is_file() and not hidden and str(relative) not in ours and not any(relative.match(p) for p in weights):
+        known = any(relative.match(pattern) for pattern in SIDECARS)
+        foreign = any(relative.match(pattern) for pattern in (*FOREIGN, INDEXES))
+        if path.is_file() and not hidden and str(relative) not in ours and known and not foreign:
             if not str(relative).isprintable():
                 raise SourceError(f"{str(relative)!r} in {folder} is no name for a file of a checkpoint; rename it")
             found.append(relative)

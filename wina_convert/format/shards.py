@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import SourceError
 from .names import INDEX, SINGLE
-from .trust import contained
+from .trust import check_content, contained
 
 # in the order in which the library writes them
 DTYPES = {
@@ -108,6 +108,7 @@ def read_headers(folder: Path) -> dict[str, TensorSpec]:
     for file in [SINGLE] if weight_map is None else sorted(set(weight_map.values())):
         if not os.path.isfile(contained(folder, file)):
             raise SourceError(f"{folder}: shard {file} is missing; download the model again")
+        check_content(folder / file)
         try:
             with safe_open(folder / file, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 - not a dict

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..errors import SourceError
 
+POINTER = b"version https://git-lfs.github.com/spec/"
 MAX_LAYERS = 1000  # and labels: transformers makes a name for each
 MAX_SIZE = 1 << 24  # of any dimension that config.json names
 # The sizes that transformers takes from the config of a supported family; other fields are nobody's.
@@ -17,6 +18,31 @@ SIZES = {
 }
 
 
+def snapshot_of(folder: Path) -> Path | None:
+    """The snapshot in the Hub's cache, `models--ORG--NAME/snapshots/COMMIT`, that a folder is or lies in; None: it is in none."""
+    for place in (folder, *folder.parents):
+        if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):
+            return place
+    return None
+
+
+def check_content(path: Path) -> None:
+    """Refuse a file that only says where git-lfs has the real one, as a clone without git-lfs leaves it.
+
+    Raises:
+        SourceError: it is such a pointer.
+    """
+    try:
+        with path.open("rb") as file:
+            pointer = file.read(len(POINTER)) == POINTER
+    except OSError:
+        return  # whoever reads it says why it cannot be read
+    if pointer:
+        raise SourceError(
+            f"{path} is a pointer of git-lfs and not the file itself; run `git lfs pull` in {path.parent}"
+        )
+
+
 def contained(folder: Path, name: str) -> Path:
     """The path of a file of a folder; a link may stay inside, or lead to the blobs of the Hub's cache, as a download's do.
 
@@ -24,7 +50,8 @@ def contained(folder: Path, name: str) -> Path:
         SourceError: it lies elsewhere.
     """
     home = folder.resolve()
-    places = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    snapshot = snapshot_of(home)
+    places = [home, snapshot.parent.parent / "blobs"] if snapshot else [home]
     try:
         real = (folder / name).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name too long or with a NUL

@@ -1,7 +1,6 @@
 """A model on the Hub: its config, headers and weights fetched, and what the Hub refuses in words."""
 
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,17 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import SourceError, one_line
-from ..format.folder import OTHER_WEIGHTS, Folder, read_config
+from ..format.folder import FOREIGN, SIDECARS, Folder, read_config
 from ..format.names import CONFIG, INDEX, SINGLE
 from ..format.shards import read_index, spec_from_header
 from ..progress import Progress
+
+UNREACHABLE = (OfflineModeIsEnabled, HTTPError, ConnectionError)
+
+
+def unreachable(error: Exception) -> bool:
+    """Whether the Hub did not answer; an HTTP status is an answer."""
+    return isinstance(error, UNREACHABLE) and not isinstance(error, HfHubHTTPError)
 
 
 @contextmanager
@@ -73,18 +79,32 @@ def fetch_weights(
 ) -> Path:
     """The folder in the cache into which everything that a conversion needs came, held against the Hub's checksums."""
     with progress(f"Downloading {model}", 1, "model") as advance:
-        folder = huggingface_hub.snapshot_download(
-            model,
-            revision=revision,
-            token=token,
-            ignore_patterns=[*OTHER_WEIGHTS, "original/*"],
-            tqdm_class=tqdm_class,
-        )
+
+        def fetch(commit: str | None, patterns: Iterable[str]) -> Path:
+            return Path(
+                huggingface_hub.snapshot_download(
+                    model,
+                    revision=commit,
+                    token=token,
+                    allow_patterns=list(patterns),
+                    ignore_patterns=list(FOREIGN),
+                    tqdm_class=tqdm_class,
+                )
+            )
+
+        folder = fetch(revision, (*SIDECARS, SINGLE))
+        if not (folder / SINGLE).exists() and (folder / INDEX).exists():
+            fetch(folder.name, sorted(set(read_index(folder / INDEX).values())))
         advance(1)
     with progress(f"Checking {model}", 1, "model") as advance:
-        _check_download(model, Path(folder), token)
+        _check_download(model, folder, token)
         advance(1)
-    return Path(folder)
+    return folder
+
+
+def cached(model: str, revision: str | None) -> Path:
+    """The folder in the cache that an earlier download left."""
+    return Path(huggingface_hub.hf_hub_download(model, CONFIG, revision=revision, local_files_only=True)).parent
 
 
 def fetch_headers(
@@ -93,6 +113,7 @@ def fetch_headers(
     token: str | None,
     tqdm_class: type[Any] | None,
     check: Callable[[str, dict[str, Any]], None],
+    scratch: Path,
 ) -> tuple[str, Folder]:
     """The commit, and config and headers without a weight on the disk.
 
@@ -102,28 +123,32 @@ def fetch_headers(
         token: access token.
         tqdm_class: the progress bar.
         check: called with the model's name and its config before more is fetched.
+        scratch: an empty folder for what accompanies the weights.
     """
     api = huggingface_hub.HfApi(endpoint=huggingface_hub.constants.ENDPOINT, token=token)
     commit = str(api.model_info(model, revision=revision).sha)
-    with tempfile.TemporaryDirectory() as folder:
-
-        def fetch(name: str) -> Path:
-            return Path(
-                huggingface_hub.hf_hub_download(
-                    model, name, revision=commit, token=token, local_dir=folder, tqdm_class=tqdm_class
-                )
-            )
-
-        text, config = read_config(fetch(CONFIG).parent)
-        check(model, config)
-        if api.file_exists(model, SINGLE, revision=commit):
-            files = {SINGLE}
-        elif api.file_exists(model, INDEX, revision=commit):
-            files = set(read_index(fetch(INDEX)).values())
-        else:
-            raise SourceError(
-                f"{model} has no safetensors weights; ask for them in its discussions, or save it as safetensors"
-            )
+    huggingface_hub.hf_hub_download(
+        model, CONFIG, revision=commit, token=token, local_dir=scratch, tqdm_class=tqdm_class
+    )
+    text, config = read_config(scratch)
+    check(model, config)
+    huggingface_hub.snapshot_download(
+        model,
+        revision=commit,
+        token=token,
+        local_dir=scratch,
+        allow_patterns=list(SIDECARS),
+        ignore_patterns=list(FOREIGN),
+        tqdm_class=tqdm_class,
+    )
+    if api.file_exists(model, SINGLE, revision=commit):
+        files = {SINGLE}
+    elif (scratch / INDEX).exists():
+        files = set(read_index(scratch / INDEX).values())
+    else:
+        raise SourceError(
+            f"{model} has no safetensors weights; ask for them in its discussions, or save it as safetensors"
+        )
     tensors = {}
     for file in sorted(files):
         try:
@@ -134,7 +159,7 @@ def fetch_headers(
             raise SourceError(f"{model}: {file} is truncated or not safetensors ({one_line(error)})") from error
         for name, entry in header.tensors.items():
             tensors[name] = spec_from_header(name, entry.dtype, entry.shape, file)
-    return commit, Folder(model, Path(), config, text, tensors)
+    return commit, Folder(model, scratch, config, text, tensors)
 
 
 def _check_download(model: str, folder: Path, token: str | None) -> None:

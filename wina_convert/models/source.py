@@ -1,5 +1,6 @@
 """Finds the model to convert, on disk or on the Hub, and refuses early what cannot be converted."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ from ..architectures import ARCHITECTURES, REFUSED
 from ..errors import SourceError
 from ..format.folder import Folder, read_config
 from ..format.shards import TensorSpec, read_headers
-from ..format.trust import check_folder
+from ..format.trust import check_folder, snapshot_of
 from ..progress import Progress, silent
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 CAUSAL_LM = ("ForCausalLM", "LMHeadModel")
 
 
@@ -36,7 +38,7 @@ def open_source(
     revision: str | None = None,
     token: str | None = None,
     trust_remote_code: bool = False,
-    headers_only: bool = False,
+    scratch: Path | None = None,
     tqdm_class: type[Any] | None = None,
     progress: Progress = silent,
 ) -> Source:
@@ -47,7 +49,8 @@ def open_source(
         revision: branch, tag or commit on the Hub.
         token: Hub access token; None: the one that `hf auth login` stored.
         trust_remote_code: allow the checkpoint's own Python code.
-        headers_only: from the Hub, fetch the config and the safetensors headers instead of the weights.
+        scratch: an empty folder, into which comes what accompanies the weights on the Hub: of these, only the headers are
+            fetched. Without the Hub, a model in its cache will do. None: fetch the weights.
         tqdm_class: the progress bar for downloads; None: huggingface_hub's own.
         progress: how to report that the weights are being downloaded.
 
@@ -55,7 +58,8 @@ def open_source(
         SourceError: it cannot be found, read or supported; the message says why and what to do.
     """
     if Path(model).is_dir():
-        return _open_folder(Path(model).resolve().name, Path(model), None, trust_remote_code)
+        folder = _in_cache(Path(model))
+        return _open_folder(*_named(folder), trust_remote_code)
     if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise SourceError(
             f"{model} is not a folder; give the folder that holds config.json, or a Hub id such as org/name"
@@ -63,13 +67,63 @@ def open_source(
     from . import hub  # here: a local folder needs no client of the Hub
 
     with hub.explained(model, revision):
-        if headers_only:
-            commit, folder = hub.fetch_headers(model, revision, token, tqdm_class, _check_config)
-            _check_tensors(model, folder.tensors)
-            return Source(**vars(folder), revision=commit, trust_remote_code=trust_remote_code)
+        if scratch is not None:
+            try:
+                commit, found = hub.fetch_headers(model, revision, token, tqdm_class, _check_config, scratch)
+            except hub.UNREACHABLE as error:
+                if not hub.unreachable(error):
+                    raise
+                path = hub.cached(model, revision)
+                return _open_folder(model, path, path.name, trust_remote_code)
+            _check_tensors(model, found.tensors)
+            return Source(**vars(found), revision=commit, trust_remote_code=trust_remote_code)
         _check_config(model, read_config(hub.fetch_config(model, revision, token, tqdm_class))[1])  # before the weights
         path = hub.fetch_weights(model, revision, token, tqdm_class, progress)
         return _open_folder(model, path, path.name, trust_remote_code)
+
+
+def checkpoint_folder(
+    model: str,
+    revision: str | None = None,
+    token: str | None = None,
+    tqdm_class: type[Any] | None = None,
+    progress: Progress = silent,
+) -> str:
+    """The folder of a WINA checkpoint: the one given or, for a Hub id, the one in the cache into which it is downloaded.
+
+    Raises:
+        SourceError: it cannot be downloaded.
+    """
+    if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        return model
+    from . import hub
+
+    with hub.explained(model, revision):
+        _, config = read_config(hub.fetch_config(model, revision, token, tqdm_class))
+        block = config.get("quantization_config")
+        if not isinstance(block, dict) or block.get("quant_method") != "wina":
+            raise SourceError(f"{model} is not a WINA checkpoint; make one with `wina-convert {model} --out DIR`")
+        return str(hub.fetch_weights(model, revision, token, tqdm_class, progress))
+
+
+def _in_cache(folder: Path) -> Path:
+    """A folder; for that of a repository in the Hub's cache, the snapshot of its branch main."""
+    try:
+        commit = (folder / "refs" / "main").read_text("utf-8").strip()
+    except (OSError, ValueError):
+        return folder
+    snapshot = folder / "snapshots" / commit
+    return snapshot if folder.name.startswith("models--") and snapshot_of(snapshot) and snapshot.is_dir() else folder
+
+
+def _named(folder: Path) -> tuple[str, Path, str | None]:
+    """Name, folder and commit of a local model; one in the Hub's cache is called as on the Hub."""
+    place = folder.absolute()
+    snapshot = snapshot_of(place)
+    if snapshot is None or not COMMIT.fullmatch(snapshot.name):
+        return folder.resolve().name, folder, None
+    repository = snapshot.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return "/".join([repository, *place.relative_to(snapshot).parts]), place, snapshot.name
 
 
 def _open_folder(name: str, folder: Path, revision: str | None, trust_remote_code: bool) -> Source:
@@ -94,6 +148,11 @@ def _check_config(name: str, config: dict[str, Any], trusted: bool = False) -> N
     if not isinstance(classes, list) or not all(isinstance(entry, str) for entry in classes):
         raise SourceError(
             f"{name}: architectures in its config.json is {classes!r}, not a list of names; get the file again"
+        )
+    if config.get("vision_config") or config.get("audio_config"):
+        raise SourceError(
+            f"{name} takes more than text ({', '.join(classes) or model_type}), which is not supported; "
+            "give a model of text alone"
         )
     if classes and not any(entry.endswith(CAUSAL_LM) for entry in classes):
         raise SourceError(f"{name} is not a causal language model ({', '.join(classes)}); give one that generates text")

@@ -10,7 +10,7 @@ from ..errors import SourceError
 from ..format.dtypes import FLOATS
 from ..format.names import split_layer
 from ..format.shards import TensorSpec
-from ..runtime.keys import check_parameters, checkpoint_keys
+from ..runtime.keys import check_parameters, checkpoint_keys, parameter_names
 from .discovery import architecture_of
 from .source import Source
 from .stream import build_skeleton
@@ -36,7 +36,15 @@ def taken(source: Source, allow_unused: bool = False) -> tuple[Source, tuple[str
     layers = architecture_of(source, model).layers
     unused = tuple(key for key in source.tensors if key not in set(keys.values()))
     lost = [key for key in unused if _was_part(source.tensors[key], model, layers)]
+    names = parameter_names(model, lost)
+    if copies := [key for key in lost if names[key] in keys]:
+        lost = copies
     if lost and not allow_unused:
+        if copies:
+            raise SourceError(
+                f"{source.name} holds {copies[0]!r} and {keys[names[copies[0]]]!r}, which are one parameter of the model "
+                f"({len(copies)} such pairs); take one of them out, or pass --allow-unused to leave out the first"
+            )
         remedy = "merge the adapter into the weights" if ADAPTER.search(lost[0]) else "mend config.json"
         raise SourceError(
             f"{source.name} holds {lost[0]!r} ({len(lost)} such tensors), for which the model of its config.json has no place; "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError, OptionError, SourceError, one_line
 from ..format.folder import Folder
+from ..format.trust import check_content
 from .source import Source
 
 HELD_OUT = 16  # sequences kept for verification, at most
@@ -23,6 +24,8 @@ def load_tokenizer(folder: Folder) -> Any:
     """
     from transformers import AutoTokenizer
 
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        check_content(folder.path / name)
     try:
         trusted = isinstance(folder, Source) and folder.trust_remote_code
         return AutoTokenizer.from_pretrained(folder.path, trust_remote_code=trusted)

@@ -13,14 +13,19 @@ from ..errors import SourceError
 from ..format.shards import TensorSpec
 
 
-def checkpoint_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """Which checkpoint key holds each parameter or buffer of the model, by transformers' own renaming rules."""
+def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """What each checkpoint key is called in the model, by transformers' own renaming rules; the model need not have it."""
     state = model.state_dict()
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    found = {rename_source_key(key, renamings, converters, model.base_model_prefix, state)[0]: key for key in keys}
-    return {name: found[name] for name in state if name in found}
+    return {key: rename_source_key(key, renamings, converters, model.base_model_prefix, state)[0] for key in keys}
+
+
+def checkpoint_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Which checkpoint key holds each parameter or buffer of the model."""
+    found = {name: key for key, name in parameter_names(model, keys).items()}
+    return {name: found[name] for name in model.state_dict() if name in found}
 
 
 def tied(model: PreTrainedModel, keys: Mapping[str, str]) -> dict[str, str]:

@@ -107,14 +107,17 @@ def generate(
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     done.parameters = model.num_parameters()
 
+    before = [prompt] if echo and not done.chat else []  # not yet written: nothing is, if the model cannot generate
+
     class Streamer(TextStreamer):
         def put(self, value: Any) -> None:
             done.times.append(time.perf_counter())
             super().put(value)  # type: ignore[no-untyped-call]
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            first, done.text = not done.text, done.text + text
-            write(prompt + text if echo and first and not done.chat else text)
+            done.text += text
+            write("".join(before) + text)
+            before.clear()
 
     set_seed(seed)
     sampling: dict[str, Any] = {"do_sample": False, "repetition_penalty": repetition_penalty}
