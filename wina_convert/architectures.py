@@ -113,6 +113,7 @@ PRIOR = {
 # Linear maps that are never gated: a pattern of the name within a decoder layer, and why.
 DENSE = {
     r"(^|\.)(mamba|mixer|ssm)\.": "belongs to a state-space block, whose kernels read the weight past the module",
+    r"(^|\.)(in_proj_ba?|in_proj_a|[ab]_proj|dt_proj|x_proj)$": "sets how fast a recurrent state forgets",
     r"(^|\.)(router|gate|shared_expert_gate)$": "chooses experts",
 }
 

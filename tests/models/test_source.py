@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from support.commands import SMALL, contents, refused, run, succeeded
 from support.families import make_model
-from wina_convert.architectures import ARCHITECTURES
 from wina_convert.conversion.plan import make_plan
 from wina_convert.errors import WinaError
 from wina_convert.models.source import open_source
@@ -102,8 +101,6 @@ def as_quantized(method: str) -> Damage:
     return config(quantization_config={"quant_method": method, "bits": 4})
 
 
-SUPPORTED = tuple(ARCHITECTURES)
-
 # What config.json and the headers show, so that a dry run sees it as well.
 SEEN_EARLY = {
     "pictures": (
@@ -132,20 +129,24 @@ SEEN_EARLY = {
         config(architectures=["T5ForConditionalGeneration"], model_type="t5"),
         ("not a causal language model",),
     ),
-    "other family": (config(architectures=["OPTForCausalLM"], model_type="opt"), ("'opt'", "supported", *SUPPORTED)),
-    "no family": (config(model_type=None), ("supported", *SUPPORTED)),
-    "family is a list": (config(model_type=["llama"]), ("supported", *SUPPORTED)),
+    "unknown type": (
+        config(architectures=["NoForCausalLM"], model_type="nonesuch"),
+        ("'nonesuch'", "knows no causal language model", "upgrade transformers"),
+    ),
+    "recurrent": (config(architectures=["MambaForCausalLM"], model_type="mamba"), ("'mamba'", "recurrent state only")),
+    "no type": (config(model_type=None), ("no model_type", "get the file again")),
+    "type is a list": (config(model_type=["llama"]), ("no model_type", "get the file again")),
     "experts of mixtral": (
         config(model_type="mixtral", architectures=["MixtralForCausalLM"], num_local_experts=8),
-        ("mixture of experts", "supported", *SUPPORTED),
+        ("mixture of experts", "not supported"),
     ),
     "experts of qwen": (
         config(model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], num_experts=128),
-        ("mixture of experts", *SUPPORTED),
+        ("mixture of experts",),
     ),
     "experts of deepseek": (
         config(model_type="deepseek_v3", architectures=["DeepseekV3ForCausalLM"], n_routed_experts=64),
-        ("mixture of experts", *SUPPORTED),
+        ("mixture of experts",),
     ),
     "gptq": (as_quantized("gptq"), ("quantized (gptq)", "original float checkpoint")),
     "bitsandbytes": (as_quantized("bitsandbytes"), ("quantized (bitsandbytes)", "original float checkpoint")),

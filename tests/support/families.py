@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from support import TINY
+from wina_convert.models.twin import make_twin, random_weights
 
 WINDOW = 16  # shorter than the calibration sequences, so that it matters
 
@@ -106,25 +105,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def random_weights(model: PreTrainedModel, seed: int) -> None:
-    """Weights at which every layer changes the hidden state and the logits differ from token to token."""
-    generator = torch.Generator().manual_seed(seed)
-    owners = dict(model.named_modules())
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():  # a tied head is not named again
-            owner, _, name = path.rpartition(".")
-            noise = torch.empty(parameter.shape).normal_(generator=generator)
-            if isinstance(owners[owner], nn.Embedding):
-                parameter.copy_(0.05 * noise)  # small: else a tied head answers with the token it was given
-            elif isinstance(owners[owner], (nn.Linear, Conv1D)) and name == "weight":
-                axis = 0 if isinstance(owners[owner], Conv1D) else 1
-                inputs = parameter.shape[axis]
-                scale = torch.empty(inputs).uniform_(0.5, 2.0, generator=generator) / inputs**0.5
-                parameter.copy_(noise * scale.unsqueeze(1 - axis))  # columns of unlike norms: the rule depends on them
-            else:  # biases, and the weights of norms, which are 1 or (Gemma) 0
-                parameter.add_(0.2 * noise)
-
-
 def make_model(
     family: str,
     folder: str | Path,
@@ -147,7 +127,26 @@ def make_model(
     config = CONFIG_MAPPING[fields.pop("model_type")](**fields)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     random_weights(model, seed)
-    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    return save(model.to(dtype), Path(folder), max_shard_size)
+
+
+def make_type(model_type: str, folder: Path, **changes: Any) -> Path:
+    """Save a small random model of any type that transformers knows, with every kind of its layers, and return its folder.
+
+    Args:
+        model_type: as config.json names it.
+        folder: where to.
+        changes: fields of the type's default config to set otherwise.
+    """
+    config = CONFIG_MAPPING[model_type](**changes)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return save(make_twin(skeleton, vocabulary=TOKENS["vocab_size"]), folder)
+
+
+def save(model: PreTrainedModel, folder: Path, max_shard_size: str = "5GB") -> Path:
+    """Save a model with the tokenizer of wina-lab-tiny, and return its folder."""
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(TINY / file, Path(folder) / file)
-    return Path(folder)
+        shutil.copyfile(TINY / file, folder / file)
+    return folder

@@ -26,7 +26,7 @@ def shape_report(plan: ConversionPlan, sparsity: float) -> dict[str, Any]:
     """The part of a report that the plan alone decides."""
     return {
         "layers": plan.n_layers,
-        "bytes_per_token": {"dense": plan.family.dense_bytes_per_token, "gated": plan.bytes_per_token(sparsity)},
+        "bytes_per_token": {"dense": plan.dense_bytes_per_token, "gated": plan.bytes_per_token(sparsity)},
         "disk_bytes": plan.disk_bytes,
         "projections": {
             projection.name: {"in_features": projection.in_features, "out_features": projection.out_features}

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +51,8 @@ def check_twin(source: Source, progress: Progress) -> None:
 
     with progress("Trying the type of model", 3, "comparisons") as advance, torch.no_grad(), _explained(source):
         with tempfile.TemporaryDirectory() as folder:
-            twin.save_pretrained(folder)
-            small = open_source(folder)
+            twin.save_pretrained(Path(folder, "twin"))
+            small = open_source(str(Path(folder, "twin")))
             plan = make_plan(small)
             gated = gated_copy(twin, small, plan)
             dense = run(twin)

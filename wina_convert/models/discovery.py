@@ -18,9 +18,7 @@ from .structure import decoder_layers
 from .twin import make_twin
 
 TOKENS = 12  # of each of two sequences that the twin is run on
-NARROW = (
-    32  # outputs: of fewer, the float32 cutoffs of the inputs are more than a sixteenth of what a weight's columns hold
-)
+NARROW = 16  # outputs: of fewer, the float32 cutoffs are more than an eighth of a weight in half precision
 
 _ATTENTION = re.compile(r"att", re.IGNORECASE)
 _FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|\bfc|\bw\d|^intermediate|^output", re.IGNORECASE)

@@ -43,7 +43,10 @@ def build_skeleton(folder: Folder, dtype: torch.dtype) -> PreTrainedModel:
             place = folder.path if folder.path.is_absolute() or revision is None else folder.name
             config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=True)
         else:
-            config = CONFIG_MAPPING[folder.config["model_type"]].from_dict(folder.config)
+            kind = CONFIG_MAPPING[folder.config["model_type"]]
+            config = kind.from_dict(
+                kind._decode_special_floats(folder.config)
+            )  # an infinite time step is stored as an object
         if config.get_text_config().num_hidden_layers > MAX_LAYERS:
             raise ValueError(f"{config.get_text_config().num_hidden_layers} layers")
         with torch.device("meta"):

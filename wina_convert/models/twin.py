@@ -42,12 +42,13 @@ def layer_kinds(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def make_twin(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+def make_twin(model: PreTrainedModel, seed: int = 0, vocabulary: int = VOCABULARY) -> PreTrainedModel:
     """The twin of a model, float32, on the CPU.
 
     Args:
         model: on the meta device.
         seed: of the weights.
+        vocabulary: the most tokens that it knows.
 
     Raises:
         SourceError: transformers cannot build it.
@@ -55,7 +56,7 @@ def make_twin(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     kinds = layer_kinds(model)
     needed = 1 + max(kinds.index(kind) for kind in kinds)
     try:
-        config = shrink(model.config, len(kinds), min(max(needed, 2), len(kinds), MOST_LAYERS))
+        config = shrink(model.config, len(kinds), min(max(needed, 2), len(kinds), MOST_LAYERS), vocabulary)
         with torch.device("cpu"), torch.random.fork_rng(devices=()):
             twin: PreTrainedModel = type(model)._from_config(config, dtype=torch.float32)
     except Exception as error:  # whatever transformers makes of numbers that were never tried together
@@ -68,13 +69,14 @@ def make_twin(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     return twin
 
 
-def shrink(config: PreTrainedConfig, layers: int, kept: int) -> PreTrainedConfig:
+def shrink(config: PreTrainedConfig, layers: int, kept: int, vocabulary: int = VOCABULARY) -> PreTrainedConfig:
     """A config of the same type with fewer layers, all widths divided alike, and a small vocabulary.
 
     Args:
         config: of the model.
         layers: its decoder layers.
         kept: how many of them, from the first on, the result has.
+        vocabulary: the most tokens that it knows.
     """
     fields = {name: value for name, value in config.to_dict().items() if name not in _LEFT_OUT}
     factor = _factor(config, fields)
@@ -96,8 +98,8 @@ def shrink(config: PreTrainedConfig, layers: int, kept: int) -> PreTrainedConfig
         if _WINDOW.fullmatch(name):
             return min(value, WINDOW)
         if "vocab" in name:
-            return min(value, VOCABULARY)
-        return min(value, VOCABULARY - 1) if _TOKEN.fullmatch(name) else value
+            return min(value, vocabulary)
+        return min(value, vocabulary - 1) if _TOKEN.fullmatch(name) else value
 
     return type(config)(**{name: shrunk(name, value) for name, value in fields.items()})
 
