@@ -61,7 +61,8 @@ def convert(
         WinaError: whatever stands in the way; nothing is written then.
     """
     asked = ConversionOptions(**options)
-    with TemporaryDirectory() if asked.dry_run else nullcontext() as scratch:
+    fetched = asked.dry_run and not Path(model).exists()
+    with TemporaryDirectory() if fetched else nullcontext() as scratch:
         return _convert(model, out, asked, Path(scratch) if scratch else None, progress, tqdm_class)
 
 
@@ -73,7 +74,7 @@ def _convert(
     progress: Progress,
     tqdm_class: type[Any] | None,
 ) -> dict[str, Any]:
-    """`convert`; a dry run has a folder to put files from the Hub into."""
+    """`convert`; a dry run of a model on the Hub has a folder to put its small files into."""
     shard_bytes(asked.max_shard_size)
     device = choose_device(asked.device)
     if asked.plot:
