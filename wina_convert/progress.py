@@ -1,5 +1,6 @@
 """How far a long step is: the library reports it, the caller chooses the form."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
@@ -19,6 +20,13 @@ def silent(label: str, total: int, unit: str) -> AbstractContextManager[Advance]
     return nullcontext(lambda done: None)
 
 
+def note(advance: Advance, text: str) -> None:
+    """Say something beside the progress of a step, such as a loss, where its form has a place for it."""
+    say = getattr(advance, "note", None)
+    if say is not None:
+        say(text)
+
+
 @contextmanager
 def bars(label: str, total: int, unit: str) -> Iterator[Advance]:
     """A tqdm bar on stderr, for a terminal; bytes are shown in binary multiples."""
@@ -26,15 +34,20 @@ def bars(label: str, total: int, unit: str) -> Iterator[Advance]:
 
     size = unit == "B"
     with tqdm(desc=label, total=total, unit=unit if size else f" {unit}", unit_scale=size, unit_divisor=1024) as bar:
-        yield bar.update
+
+        def advance(count: int) -> None:
+            bar.update(count)
+
+        advance.note = bar.set_postfix_str  # type: ignore[attr-defined]
+        yield advance
 
 
 def lines(write: Callable[[str], object]) -> Progress:
-    """A plain line at the start, at each quarter and at the end of a step, for logs."""
+    """A plain line at the start, at each quarter and at the end of a step, for logs; with a note, the time left as well."""
 
     @contextmanager
     def step(label: str, total: int, unit: str) -> Iterator[Advance]:
-        done, quarter = 0, 0
+        done, quarter, noted, begun = 0, 0, "", time.monotonic()
         scale, shown = (2**20, "MiB") if unit == "B" and total >= 2**20 else (1, unit)
 
         def advance(count: int) -> None:
@@ -42,7 +55,15 @@ def lines(write: Callable[[str], object]) -> Progress:
             done += count
             if total and done * 4 // total > quarter:
                 quarter = done * 4 // total
-                write(f"{label}: {done // scale} of {total // scale} {shown}")
+                left = (time.monotonic() - begun) * (total - done) / done
+                more = f", {noted}, about {left:.0f} s left" if noted else ""
+                write(f"{label}: {done // scale} of {total // scale} {shown}{more}")
+
+        def take(text: str) -> None:
+            nonlocal noted
+            noted = text
+
+        advance.note = take  # type: ignore[attr-defined]
 
         write(f"{label}: {total // scale} {shown}")
         yield advance

@@ -23,6 +23,7 @@ def report_text(report: dict[str, Any], out: str, seconds: float) -> str:
             f"  perplexity    dense {held_out['dense_perplexity']:.2f}, gated {held_out['perplexity']:.2f} ({rise:+.1%})",
             f"  bytes/token   {size(reads['dense'])} -> {size(reads['gated'])} ({reads['gated'] / reads['dense'] - 1:+.0%})",
             f"  basis         {basis_text(report['basis'])}",
+            *([f"  tuning        {tuning_text(report['tuning'])}"] if "tuning" in report else []),
             f'Try it: wina generate {out} --prompt "Once upon a time"',
         ]
     )
@@ -46,6 +47,7 @@ def plan_text(plan: dict[str, Any], out: str) -> str:
             f"  bytes/token   {size(reads['dense'])} -> {size(reads['gated'])} at {plan['sparsity']:.1%} sparsity "
             f"({reads['gated'] / reads['dense'] - 1:+.0%})",
             f"  basis         {basis_text(plan['basis'])}",
+            *([f"  tuning        {tuning_text(plan['tuning'])}"] if "tuning" in plan else []),
             f"  disk          {size(plan['disk_bytes'])} in {out}",
             f"  time          about {duration(plan['seconds'])}, the download aside",
         ]
@@ -59,6 +61,17 @@ def basis_text(basis: dict[str, Any]) -> str:
     kind = "" if basis["kind"] == "values" else f"{basis['kind']}; "
     fit = f" ({basis['fit']})" if "fit" in basis else ""
     return f"{kind}residual stream {basis['stream']}, values {basis['values']}{fit}"
+
+
+def tuning_text(tuning: dict[str, Any]) -> str:
+    """What learning came to, or what it will take."""
+    if "memory_bytes" in tuning:
+        how = ", layers computed again for their gradients" if tuning["gradient_checkpointing"] else ""
+        return f"takes {size(tuning['memory_bytes'])} of memory{how}"
+    if not tuning["kept"]:
+        return f"untuned: {tuning['reason']}"
+    losses = zip(tuning["levels"], tuning["kl_before"], tuning["kl_after"], strict=True)
+    return "KL to dense " + ", ".join(f"{before:.3g} -> {after:.3g} at {level:.0%}" for level, before, after in losses)
 
 
 def bench_text(measured: "Benchmark") -> str:

@@ -30,6 +30,7 @@ from .options import IDENTITY, REPORT, ConversionOptions, documented
 from .plan import make_plan
 from .proof import prove
 from .staging import staged
+from .tuning import carried_tuning, plan_tuning, tune_source, tuned_plan, tuning_sequences
 from .turn import basis_sequences, carried_basis, find_basis, plan_turn, restored_basis, turned_source
 from .turn_proof import check_turned
 
@@ -75,20 +76,22 @@ def convert(
         plan = make_plan(turn.source, *chosen)
     basis = turn.shown() if turn else {"kind": "none"}
     length = sequence_length(source, asked.seq_len)
+    tuning = plan_tuning(turn.source if turn else source, plan, length, device) if asked.tune else None
     if asked.dry_run:
-        return plan_report(source, plan, turn, asked.sparsity, asked.samples, length, device)
-    check_space(Path(out), disk_bytes(source, plan, turn, asked.sparsity, asked.samples, length))
+        return plan_report(source, plan, turn, tuning, asked.sparsity, asked.samples, length, device)
+    check_space(Path(out), disk_bytes(source, plan, turn, tuning, asked.sparsity, asked.samples, length))
     # A CPU gains nothing from more sequences at a time, and one by one they give the same bits.
     at_a_time = 1 if device.type == "cpu" else asked.batch_size
 
     documents = read_documents(asked.calibration)
-    wanted = asked.samples + (basis_sequences(asked.samples, length) if turn else 0)
+    for_basis = basis_sequences(asked.samples, length) if turn else 0
+    wanted = asked.samples + max(for_basis, tuning_sequences(length) if tuning else 0)
     packed = sequences(documents, load_tokenizer(source), length, wanted + HELD_OUT, asked.calibration)
     check_vocabulary(packed, source)
     seen, held_out = split(packed, wanted, asked.seed)
     tokens, rest = seen[: asked.samples], seen[asked.samples :]
     # Scores are smaller on text that a basis was fitted to: thresholds from there would skip less elsewhere.
-    shown = rest if len(rest) >= len(tokens) else seen
+    shown = rest[:for_basis] if len(rest) >= len(tokens) else seen
     text = Path(asked.calibration).name if Path(asked.calibration).is_file() else asked.calibration
     used = replace(asked, seq_len=length, calibration=text, device=str(device))
     config = WinaConfig(
@@ -115,10 +118,13 @@ def convert(
         "source": config.source | {"files": fingerprints(source)},
         "versions": versions,
         "options": used.deciding(REPORT, IDENTITY),
-        "calibration": config.calibration | {"basis_sha256": digest(shown), "held_out_sha256": digest(held_out)},
+        "calibration": config.calibration
+        | {"basis_sha256": digest(shown), "held_out_sha256": digest(held_out)}
+        | ({"tuning_sha256": digest(rest)} if tuning else {}),
     }
     with staged(Path(out), identity, asked.resume, asked.keep, asked.overwrite) as staging:
         folder, written, carried, differs = staging.folder, source, {}, None
+        extra: dict[str, Any] = {}
         if turn:
             found = restored_basis(turn, staging.snapshot) or find_basis(
                 turn, plan.dtype, shown, at_a_time, device, asked.seed, progress
@@ -126,7 +132,15 @@ def convert(
             differs = check_turned(turn, found, held_out, device, progress)
             written = turned_source(turn, found, plan.dtype if plan.cast else None, device)
             carried = carried_basis(found)
-        with ShardWriter(folder, plan.tensors, asked.max_shard_size, staging.snapshot is not None) as shards:
+        if tuning:
+            tuned = tune_source(written, plan, tuning, tokens, rest, device, asked.seed, staging, carried, progress)
+            carried |= carried_tuning(tuned)
+            extra["tuning"] = tuned.report
+            if tuned.tuned:
+                plan = tuned_plan(written, plan, tuned.tuned)
+                name, shares = plan.budget.allocation, plan.budget.stored()
+                config = replace(config, scheme=plan.scheme.name, allocation=name, shares=shares, biases=True)
+        with ShardWriter(folder, plan.tensors, asked.max_shard_size, staging.begun is not None) as shards:
             curves = write_layers(
                 written, plan, config, tokens, at_a_time, device, shards, staging, carried, progress, asked.plot
             )
@@ -139,6 +153,7 @@ def convert(
             "options": used.deciding(REPORT),
             **shape_report(plan, used.sparsity),
             "basis": basis | ({"logits_differ": differs} if turn else {}),
+            **extra,
             "calibration": config.calibration,
             "verification": {"sequences": len(held_out), **proof.as_dict()},
         }
