@@ -111,8 +111,7 @@ def make_plan(
         raise SourceError(f"{source.name} has no decoder layer; check its config.json")
     chosen = _choose(projections, source, targets, ignore)
     steps = steps_of(chosen, SCHEMES[scheme], cast)
-    headers = {key: planned_headers(steps, spec) for key, spec in source.tensors.items()}
-    empty = sentinel()
+    tensors, origin = lay_out(source, steps, chosen)
     path = source.architecture.layers
     stored_bytes = {spec.name: spec.numel * (cast or spec.dtype).itemsize for spec in source.tensors.values()}
     layers: dict[int, int] = {}
@@ -128,11 +127,8 @@ def make_plan(
             {projection.name: projection.weights for projection in chosen}, source.architecture.prior
         ),
         steps=steps,
-        tensors=(
-            *(spec for specs in headers.values() for spec in specs),
-            TensorSpec(f"{chosen[0].key}.{WEIGHT}", empty.dtype, tuple(empty.shape)),
-        ),
-        origin={spec.name: key for key, specs in headers.items() for spec in specs},
+        tensors=tensors,
+        origin=origin,
         dtype=compute,
         cast=cast is not None,
         layers=path,
@@ -142,6 +138,17 @@ def make_plan(
         dense_bytes_per_token=sum(layers.values()) + outside - lookup_bytes(model, keys, stored_bytes),
         hidden_size=model.config.get_text_config().hidden_size,
     )
+
+
+def lay_out(
+    source: Source, steps: Sequence[Step], projections: Sequence[Projection]
+) -> tuple[tuple[TensorSpec, ...], dict[str, str]]:
+    """What the checkpoint will hold, the sentinel last, and the key in the source that each was made from."""
+    headers = {key: planned_headers(steps, spec) for key, spec in source.tensors.items()}
+    empty = sentinel()
+    last = TensorSpec(f"{projections[0].key}.{WEIGHT}", empty.dtype, tuple(empty.shape))
+    origin = {spec.name: key for key, specs in headers.items() for spec in specs}
+    return (*(spec for specs in headers.values() for spec in specs), last), origin
 
 
 def _choose(
