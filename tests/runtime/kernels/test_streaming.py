@@ -85,6 +85,38 @@ def test_every_number_of_rows_gives_the_sum(n_in, n_out, threads, dtype, kernel)
 
 @kernels
 @every_dtype
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("n", [(1, 1), (7, 33), (65, 64), (129, 1333), (777, 95)])
+def test_a_row_among_others_has_the_bits_that_it_has_alone(n, threads, dtype, kernel, monkeypatch):
+    monkeypatch.setattr(streaming, "GRAIN", 1)
+    torch.set_num_threads(threads)
+    x, weight_t, tau, bias = problem(9, (8,), *n, dtype)
+    x[2] = 0  # keeps nothing, where the rows beside it keep inputs of their own
+    x[5, ::2] *= 100  # keeps more than the others
+    for added in (bias, None):
+        alone = [call(kernel, row, weight_t, tau, added) for row in x]
+        for rows in range(2, 9):
+            for chosen in (list(range(rows)), list(range(7, 7 - rows, -1))):
+                together = call(kernel, x[chosen], weight_t, tau, added)
+                assert all(torch.equal(y, alone[row]) for y, row in zip(together, chosen, strict=True))
+                signs = [y.signbit().equal(alone[row].signbit()) for y, row in zip(together, chosen, strict=True)]
+                assert all(signs)  # of zeros, too
+
+
+@every_dtype
+def test_the_number_of_threads_changes_no_bit(dtype, monkeypatch):
+    monkeypatch.setattr(streaming, "GRAIN", 1)
+    for rows in (1, 3, 8):
+        arguments = problem(rows, (rows,), 300, 1333, dtype)
+        torch.set_num_threads(1)
+        expected = streaming.columns(*arguments)
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            assert torch.equal(streaming.columns(*arguments), expected)
+
+
+@kernels
+@every_dtype
 @pytest.mark.parametrize("leading", [(0,), (0, 3), (2, 0)])
 def test_an_empty_batch_gives_an_empty_result(leading, dtype, kernel):
     y = call(kernel, *problem(0, leading, 5, 3, dtype))

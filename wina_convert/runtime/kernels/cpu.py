@@ -21,7 +21,8 @@ HALF = (torch.bfloat16, torch.float16)
 
 def gated_linear(x: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) -> Tensor:
     """y = W x over the inputs with |x_j| > tau_j, accumulated in float32; shapes as in `kernels.op.gated_linear`."""
-    few = x.numel() <= FEW_ROWS * x.shape[-1]
+    rows = x.shape[:-1].numel()
+    few = rows <= FEW_ROWS
     if few and (kernels := compiled(x.dtype)):
         y: Tensor = kernels.columns(x, weight_t, tau, bias)
         return y
@@ -29,13 +30,13 @@ def gated_linear(x: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) 
         return reference.gated_linear(x, weight_t, tau, bias)
     # Without instructions for it torch multiplies by a transposed half-precision weight element by element.
     with torch.autocast("cpu", enabled=False):
-        y = (_bag if few else _widen)(x.reshape(-1, x.shape[-1]), weight_t, tau, bias)
+        y = (_bag if few else _widen)(x.reshape(rows, x.shape[-1]), weight_t, tau, bias)
     return y.view(*x.shape[:-1], weight_t.shape[1])
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y = W x + b; shapes as in `kernels.op.dense_linear`."""
-    if x.numel() <= FEW_ROWS * x.shape[-1] and (kernels := compiled(x.dtype)):
+    if x.shape[:-1].numel() <= FEW_ROWS and (kernels := compiled(x.dtype)):
         y: Tensor = kernels.dots(x, weight, bias)
         return y
     return linear(x, weight, bias)
