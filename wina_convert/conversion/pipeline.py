@@ -27,9 +27,7 @@ from ..pictures import check_available
 from ..progress import Progress, silent
 from . import plot as pictures
 from .files import check_space, check_target, copy_sidecars, write_config, write_json
-from .loss_limit import sparsity_within, within_report
 from .options import IDENTITY, REPORT, ConversionOptions, documented
-from .search import carried_shares, searched
 from .staging import staged
 
 
@@ -90,8 +88,10 @@ def _convert(
     from .card import write_card
     from .estimate import disk_bytes, plan_report, shape_report
     from .layers import write_layers
+    from .loss_limit import sparsity_within, within_report
     from .plan import make_plan
     from .proof import prove
+    from .search import carried_shares, searched
     from .tuning import carried_tuning, plan_tuning, tune_source, tuned_plan, tuning_sequences
     from .turn import basis_sequences, carried_basis, find_basis, plan_turn, restored_basis, turned_source
     from .turn_proof import check_turned
