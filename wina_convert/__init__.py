@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .runtime.install import set_sparsity
     from .runtime.loader import load
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 __all__ = ["WinaConfig", "WinaError", "convert", "load", "set_sparsity"]
 
 _LAZY = {
