@@ -10,6 +10,7 @@ from ..errors import CheckpointError, OptionError, one_line
 from ..format.checkpoint import open_checkpoint
 from ..format.dtypes import check_dtype
 from ..models.text import load_tokenizer
+from ..runtime.kernels import cpu
 from ..runtime.loader import load
 
 
@@ -77,6 +78,8 @@ def generate(
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     if not inputs["input_ids"].numel():
         raise OptionError("the prompt is empty and this tokenizer adds nothing to it; give a --prompt")
+    if model.device.type == "cpu":
+        cpu.compiled(model.dtype)  # takes seconds, the first time on a machine, which are no token's
     done = Generation()
 
     class Streamer(TextStreamer):
