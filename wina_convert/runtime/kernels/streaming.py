@@ -11,11 +11,13 @@ cores would wait for each other. Nothing is locked, so several Python threads ma
 """
 
 import ctypes
+import logging
 import struct
 import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import llvmlite.binding
@@ -40,6 +42,7 @@ _pack = struct.Struct(f"{len(FIELDS)}q").pack
 _OPTIONS = {"error_model": "numpy", "fastmath": {"contract", "nsz"}}
 _SUM_OPTIONS = {"error_model": "numpy", "fastmath": {"contract", "nsz", "reassoc"}}
 _local = threading.local()
+_log = logging.getLogger(__name__)
 
 
 def _openmp() -> Callable[..., None]:
@@ -176,10 +179,13 @@ _SIGNATURE = types.void(types.CPointer(numba.from_dtype(TASK)))
 
 def _compile(body: Callable[[Any], None]) -> int:
     """Address of the machine code of `body`; from the disk if it was compiled before, on this kind of processor."""
+    begin = perf_counter()
     try:
         compiled = numba.cfunc(_SIGNATURE, cache=True, **_OPTIONS)(body)
     except RuntimeError:  # no folder to cache in can be written
         compiled = numba.cfunc(_SIGNATURE, **_OPTIONS)(body)
+    if not compiled.cache_hits:
+        _log.info("compiled the CPU kernel %r in %.1f s; this machine keeps it", body.__name__, perf_counter() - begin)
     _kept.append(compiled)  # the code lives as long as this object
     return compiled.address  # type: ignore[no-any-return]
 
