@@ -132,6 +132,7 @@ def test_budget_and_biases_along_the_grid_are_what_was_learned_at_the_levels():
 # --- the learning ---
 
 
+@pytest.mark.slow
 def test_it_helps_at_every_level_on_text_that_it_did_not_learn_from(texts: Texts, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tuning, "STEPS", 16)
     monkeypatch.setattr(tuning, "LOOK", 8)
