@@ -43,7 +43,8 @@ def convert(
 ) -> dict[str, Any]:
     """Turn a Hugging Face causal LM into a WINA checkpoint.
 
-    One decoder layer is in memory at a time, and the folder appears only when it is complete and verified.
+    One decoder layer is in memory at a time, or with `tune` for a while the whole model. The folder appears only when it is
+    complete and verified.
 
     Args:
         model: local folder or Hub id.

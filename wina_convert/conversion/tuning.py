@@ -88,8 +88,8 @@ def plan_tuning(source: Source, plan: ConversionPlan, length: int, device: torch
     rows = max(1, learning.LEVEL_TOKENS // length) * length
     by_layer: dict[int, int] = {}
     for one in plan.projections:
-        by_layer[one.layer] = by_layer.get(one.layer, 0) + 2 * (one.in_features + one.out_features)
-    logits = 6 * int(source.config.get("vocab_size", 0))
+        by_layer[one.layer] = by_layer.get(one.layer, 0) + 3 * (one.in_features + one.out_features)
+    logits = 8 * int(source.config.get("vocab_size", 0))
     fixed = weights * _dtype(plan, device).itemsize + 4 * rows * logits
     whole = fixed + 4 * rows * sum(by_layer.values())
     sparing = fixed + 4 * rows * (max(by_layer.values()) + plan.n_layers * plan.hidden_size)

@@ -155,13 +155,18 @@ class Student:
         Args:
             tokens: [B, S], the text, which goes through the model at once.
             shares: what to skip.
+
+        Raises:
+            CalibrationError: an activation is NaN or infinite.
         """
-        for level in range(len(self.levels)):
-            for gate, share in zip(self.gates.values(), shares[:, level].tolist(), strict=True):
-                gate.asked = share
-            self._run(tokens, level)
-        for gate in self.gates.values():
-            gate.asked = None
+        try:
+            for level in range(len(self.levels)):
+                for gate, share in zip(self.gates.values(), shares[:, level].tolist(), strict=True):
+                    gate.asked = share
+                self._run(tokens, level)
+        finally:
+            for gate in self.gates.values():
+                gate.asked = None
 
     @torch.no_grad()
     def losses(self, tokens: Tensor) -> tuple[float, ...]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import CalibrationError
 from ..format.grid import GRID
 from .budget import Budget
 from .schemes import LEARNED
@@ -178,8 +179,11 @@ class _Learner:
         """Judge what was learned, its thresholds set anew; remember it where it is the best so far and worse at no level."""
         now = self._copy()
         shares = even_shares(self.student.fractions(self.texts.fitted), self.student.parts, LEVELS)
-        self.student.set_thresholds(self.texts.fitted, shares)
-        losses = self.student.losses(self.texts.judged)
+        try:
+            self.student.set_thresholds(self.texts.fitted, shares)
+            losses = self.student.losses(self.texts.judged)
+        except CalibrationError:  # learning went so far astray that an activation is no number
+            losses = (math.inf,) * len(LEVELS)
         found = _mean_log(losses)
         self.stale = 0 if found < self.lowest else self.stale + 1
         self.lowest = min(self.lowest, found)
