@@ -166,7 +166,7 @@ def test_the_verbs_find_the_same(strange, source, converted, tmp_path):
         return [
             generate(str(converted), "Once", max_new_tokens=4).text,
             generate(str(converted), "Once", max_new_tokens=4, temperature=1.0, seed=3).text,
-            evaluate(str(converted), [str(text)], (0.5,), str(source), 5, 16),
+            evaluate([str(converted)], [str(text)], (0.5,), str(source), 5, 16),
             inspect_checkpoint(converted),
             verify_folder(converted),
             sorted(plan),

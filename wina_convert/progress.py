@@ -20,6 +20,13 @@ def silent(label: str, total: int, unit: str) -> AbstractContextManager[Advance]
     return nullcontext(lambda done: None)
 
 
+def note(advance: Advance, text: str) -> None:
+    """Say something beside the progress of a step, such as a loss, where its form has a place for it."""
+    say = getattr(advance, "note", None)
+    if say is not None:
+        say(text)
+
+
 @contextmanager
 def bars(label: str, total: int, unit: str) -> Iterator[Advance]:
     """A tqdm bar on stderr, for a terminal; bytes are shown in binary multiples."""
@@ -27,7 +34,12 @@ def bars(label: str, total: int, unit: str) -> Iterator[Advance]:
 
     size = unit == "B"
     with tqdm(desc=label, total=total, unit=unit if size else f" {unit}", unit_scale=size, unit_divisor=1024) as bar:
-        yield bar.update
+
+        def advance(count: int) -> None:
+            bar.update(count)
+
+        advance.note = bar.set_postfix_str  # type: ignore[attr-defined]
+        yield advance
 
 
 def lines(write: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> Progress:
@@ -40,7 +52,7 @@ def lines(write: Callable[[str], object], clock: Callable[[], float] = time.mono
 
     @contextmanager
     def step(label: str, total: int, unit: str) -> Iterator[Advance]:
-        begin, done, quarter = clock(), 0, 0
+        begin, done, quarter, noted = clock(), 0, 0, ""
         scale, shown = (2**20, "MiB") if unit == "B" and total >= 2**20 else (1, unit)
         if unit != "B" and total != 1:
             shown += "s"
@@ -52,7 +64,13 @@ def lines(write: Callable[[str], object], clock: Callable[[], float] = time.mono
                 quarter = done * 4 // total
                 took = clock() - begin
                 left = f", about {duration(took * (total - done) / done)} left" if done < total else ""
-                write(f"{label}: {done // scale} of {total // scale} {shown}, {duration(took)}{left}")
+                write(f"{label}: {done // scale} of {total // scale} {shown}{noted}, {duration(took)}{left}")
+
+        def take(text: str) -> None:
+            nonlocal noted
+            noted = f", {text}"
+
+        advance.note = take  # type: ignore[attr-defined]
 
         write(f"{label}: {total // scale} {shown}")
         yield advance

@@ -1,21 +1,26 @@
 """How fast a gated model decodes on this machine's CPU, and what it needs in memory, beside the dense model.
 
     python tests/benchmarks/cpu.py
+    OMP_WAIT_POLICY=passive python tests/benchmarks/cpu.py --rows  # products of several rows alone, in processor time
 
-Prints Markdown tables: decoding and prefill of a random Llama shape of 1.2 billion parameters in bfloat16, single products,
-and the peak memory of a process that loads the model and generates a token. Takes ten minutes and 8 GB; wants a quiet machine.
+Prints Markdown tables: decoding and prefill of a random Llama shape of 1.2 billion parameters in bfloat16, single products, of
+several rows as well, and the peak memory of a process that loads the model and generates a token. Takes ten minutes and 8 GB;
+wants a quiet machine.
 """
 
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
+from time import process_time
 
 import click
 import torch
 
 from wina_convert.format.config import WinaConfig
 from wina_convert.progress import bars, silent
+from wina_convert.runtime.kernels import gated_linear
 from wina_convert.runtime.linear import gated_modules
 from wina_convert.runtime.loader import WinaQuantizer
 from wina_convert.verbs.bench import bench_model, make_dense, random_model
@@ -60,6 +65,30 @@ def products(measured: Benchmark) -> list[str]:
     return rows + [f"| {shape} | {' | '.join(values)} |" for shape, values in cells.items()]
 
 
+def several_rows(n_in: int = 4096, n_out: int = 14336, turns: int = 21) -> list[str]:
+    """The rows of products of several rows of x: milliseconds, and in brackets over that of one row.
+
+    Processor time of a thread, in turns: what else runs on the machine changes it little. Each row of x keeps inputs of its own.
+    """
+    threads, counts = torch.get_num_threads(), (1, 2, 4, 8)
+    rows = ["| dtype, sparsity | " + " | ".join(f"{count} rows" for count in counts) + " |", "| --- " * 5 + "|"]
+    for dtype in (torch.bfloat16, torch.float32):
+        weights = [(0.02 * torch.randn(n_in, n_out)).to(dtype) for _ in range(4)]  # no cache holds them
+        x = torch.randn(max(counts), n_in).to(dtype)
+        for sparsity in (0.0, 0.5):
+            tau = torch.full((n_in,), x.abs().float().quantile(sparsity).item() if sparsity else -1.0)
+            clocks: dict[int, list[float]] = {count: [] for count in counts}
+            for turn in range(turns + 1):
+                for number, count in enumerate(counts):
+                    begin = process_time()
+                    gated_linear(x[:count], weights[(turn + number) % 4], tau, None)
+                    clocks[count].append((process_time() - begin) / threads)
+            took = {count: median(clock[1:]) for count, clock in clocks.items()}  # the first may compile
+            cells = [f"{took[count] * 1e3:.2f} ({took[count] / took[1]:.2f}x)" for count in counts]
+            rows.append(f"| {str(dtype).removeprefix('torch.')}, {sparsity:.0%} | {' | '.join(cells)} |")
+    return rows
+
+
 def peaks(folder: Path) -> tuple[int, int]:
     """Peak memory in bytes of processes that load the dense and the gated model of 1.2 billion parameters."""
     model = random_model("1b", "bfloat16")
@@ -82,8 +111,12 @@ def peaks(folder: Path) -> tuple[int, int]:
 @click.command()
 @click.option("--prompt-tokens", default=(32, 512), multiple=True, show_default=True, help="Lengths of the prompt.")
 @click.option("--dtype", default="bfloat16", show_default=True)
-def main(prompt_tokens: tuple[int, ...], dtype: str) -> None:
+@click.option("--rows", is_flag=True, help="Time the products of several rows and nothing else.")
+def main(prompt_tokens: tuple[int, ...], dtype: str, rows: bool) -> None:
     """Print the tables."""
+    click.echo("\n".join(several_rows()))
+    if rows:
+        return
     progress = bars if sys.stderr.isatty() else silent
     for length in prompt_tokens:
         measured = bench_model(random="1b", prompt_tokens=length, tokens=48, dtype=dtype, progress=progress)

@@ -30,9 +30,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "`--basis none`": {"basis": "none"},
     "`--basis pca`": {"basis": "pca"},
     "`--basis fitted`": {"basis": "fitted"},
+    "`--basis fitted --allocation greedy`": {"basis": "fitted", "allocation": "greedy"},
 }
 CLOSE = 0.003  # of the achieved sparsity to that of the column
 ROUNDS = 3
+MARKERS = "osD^vPX*<"
 
 
 @click.command()
@@ -125,10 +127,13 @@ def cell(column: float, one: dict[str, float]) -> str:
 def draw(found: dict[str, Any], path: Path) -> None:
     """A panel a model and a line a way: rise of perplexity against achieved sparsity."""
     figure, (panels,) = pictures.figure(4.2 * len(found) + 3, 4.6, 1, len(found))
+    lines: dict[str, Any] = {}
     for axes, (model, ways) in zip(panels, found.items(), strict=True):
         for way, one in ways.items():
             points = [(at["achieved"], at["rise"]) for at in one["columns"].values() if at["rise"] > 0]
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.3, label=way.strip("`"))
+            number = list(WAYS).index(way)
+            style = {"color": f"C{number}", "marker": MARKERS[number], "markersize": 4, "linewidth": 1.2}
+            (lines[way],) = axes.plot(*zip(*points, strict=True), label=way.strip("`"), **style)
         axes.set(xlabel="sparsity achieved", title=model, yscale="log")
         axes.yaxis.get_major_locator().set_params(subs=(1.0, 2.0, 5.0))
         axes.yaxis.set_minor_formatter(lambda value, position: "")
@@ -136,7 +141,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
             axis.set_major_formatter(lambda value, position: f"{100 * value:.3g}%")
         axes.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("rise of perplexity over dense")
-    panels[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+    handles = [lines[way] for way in WAYS if way in lines]
+    panels[-1].legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
     pictures.save(figure, path)
 
 

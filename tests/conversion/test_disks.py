@@ -31,7 +31,7 @@ FULL_STEPS = [
     (SAVE, 1, False, True),
     (SAVE, 2, True, True),
     (SAVE, 2, True, False),
-    ("wina_convert.conversion.pipeline.prove", 1, True, False),
+    ("wina_convert.conversion.proof.prove", 1, True, False),
 ]
 
 

@@ -68,7 +68,7 @@ def test_an_error_of_the_conversion_itself_leaves_nothing(
         with monkeypatch.context() as patched:
             interrupt_in_layer(patched, layer)
             assert run(source, "--out", tmp_path / "out", *SMALL).exit_code == 130
-    monkeypatch.setattr("wina_convert.conversion.pipeline.prove", failing(VerificationError("the logits differ")))
+    monkeypatch.setattr("wina_convert.conversion.proof.prove", failing(VerificationError("the logits differ")))
     refused(run(source, "--out", tmp_path / "out", "--resume", *SMALL, "--quiet"), "the logits differ")
     assert contents(tmp_path) == {}
 

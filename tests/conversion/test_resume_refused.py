@@ -121,7 +121,7 @@ def test_resume_refuses_another_source(unfinished_of_text: Path, tmp_path: Path)
     ("place", "word"),
     [
         ("wina_convert.conversion.pipeline.torch.__version__", "torch"),
-        ("wina_convert.conversion.pipeline.transformers.__version__", "transformers"),
+        ("transformers.__version__", "transformers"),
         ("wina_convert.conversion.pipeline.__version__", "wina-convert"),
     ],
 )

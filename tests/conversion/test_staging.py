@@ -147,7 +147,7 @@ def test_what_appears_at_the_target_meanwhile_is_not_replaced(
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.tex").write_text("precious")
 
-    patch_call(monkeypatch, "wina_convert.conversion.pipeline.write_card", 1, appear)
+    patch_call(monkeypatch, "wina_convert.conversion.card.write_card", 1, appear)
     result = run(source, "--out", tmp_path / "out", *options, *SMALL, "--quiet")
     assert (tmp_path / "out" / "thesis.tex").read_text() == "precious"
     refused(result, str(tmp_path / "out"))

@@ -16,7 +16,7 @@ from support.families import make_model
 from support.folders import config_of, files_of, tensors_of
 from support.interrupting import interrupt_in_layer
 from support.reference import assert_dense_at_0
-from wina_convert.conversion import pipeline, turn_proof
+from wina_convert.conversion import turn, turn_proof
 from wina_convert.conversion.turn import carried_basis
 from wina_convert.verbs.verify import verify_folder
 
@@ -147,7 +147,7 @@ def test_a_resumed_conversion_has_the_same_basis_without_finding_it_again(
         interrupt_in_layer(context, 2)
         with pytest.raises(KeyboardInterrupt):
             wina_convert.convert(str(dense), tmp_path / "out", basis="fitted", **FAST)
-    monkeypatch.setattr(pipeline, "find_basis", failing(AssertionError("found again")))
+    monkeypatch.setattr(turn, "find_basis", failing(AssertionError("found again")))
     wina_convert.convert(str(dense), tmp_path / "out", basis="fitted", resume=True, **FAST)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 

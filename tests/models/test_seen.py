@@ -36,6 +36,12 @@ def test_a_part_of_the_text_counts_for_its_share():
     assert overlap(cut(half, 400), fingerprints(cut(text(0), 512))) == pytest.approx(0.5, abs=0.1)
 
 
+def test_a_few_short_sequences_are_enough_to_tell():
+    seen = fingerprints(cut(text(0), 512))
+    found = [overlap(cut(text(0), 32, offset)[::150], seen) for offset in range(0, 480, 16)]  # four sequences each
+    assert sum(share > 0.2 for share in found) >= 28
+
+
 def test_rules_and_short_sequences_have_no_fingerprints():
     assert len(fingerprints(torch.full((50, 400), 7))) == 0
     assert len(fingerprints(torch.arange(7).repeat(100).view(1, -1))) == 0

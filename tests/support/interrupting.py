@@ -22,13 +22,13 @@ FAST: dict[str, Any] = {"samples": 8, "seq_len": 32, "batch_size": 24, "basis": 
 
 # A function of a conversion, at which call of it something happens, and whether a layer is finished by then.
 STEPS = [
-    ("wina_convert.conversion.pipeline.write_layers", 1, False),
+    ("wina_convert.conversion.layers.write_layers", 1, False),
     (CALIBRATE, 1, False),
     (CALIBRATE, 2, True),
     ("wina_convert.conversion.pipeline.write_config", 1, True),
     ("wina_convert.conversion.pipeline.copy_sidecars", 1, True),
-    ("wina_convert.conversion.pipeline.prove", 1, True),
-    ("wina_convert.conversion.pipeline.write_card", 1, True),
+    ("wina_convert.conversion.proof.prove", 1, True),
+    ("wina_convert.conversion.card.write_card", 1, True),
     ("wina_convert.conversion.pipeline.write_manifest", 1, True),
 ]
 

@@ -28,7 +28,11 @@ from wina_convert.format.names import REPORT
 
 # The server imports torch once; each process is forked from it in milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["wina_convert.conversion.pipeline", "transformers.models.llama.modeling_llama"])
+# what a conversion imports, so that a process is at its work at once
+LAYERS = [
+    f"wina_convert.conversion.{name}" for name in ("pipeline", "layers", "proof", "turn_proof", "estimate", "card")
+]
+CONTEXT.set_forkserver_preload([*LAYERS, "transformers.models.llama.modeling_llama"])
 
 # What Python reports before it does it. Writes and fsyncs are no such events: `_watch` adds those.
 EVENTS = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "shutil.copyfile", "shutil.rmtree")

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
 import wina_convert as package
 from support.commands import refused, run_wina, succeeded
 from support.edits import edit_fields
+from wina_convert.runtime.kernels import cpu
 from wina_convert.verbs.generate import generate
 
 MODEL = "one layer"  # see support/shared.py
@@ -41,6 +42,17 @@ def test_generate_streams_the_text_in_pieces(wina_tiny: Path):
     assert "".join(pieces) == done.text
     assert done.tokens == 16
     assert done.times == sorted(done.times)
+
+
+def test_generate_compiles_its_kernels_before_the_first_token(wina_tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    events: list[str] = []
+    compiled, continued = cpu.compiled, GenerationMixin.generate
+    monkeypatch.setattr(cpu, "compiled", lambda dtype: (events.append("compiled"), compiled(dtype))[1])
+    monkeypatch.setattr(
+        GenerationMixin, "generate", lambda *args, **options: (events.append("tokens"), continued(*args, **options))[1]
+    )
+    generate(str(wina_tiny), "Once upon a time there was a very small house by the river", max_new_tokens=3)
+    assert events[:2] == ["compiled", "tokens"]
 
 
 def test_generate_quietly_prints_the_text_alone(wina_tiny: Path):

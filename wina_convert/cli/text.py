@@ -25,6 +25,7 @@ def report_text(report: dict[str, Any], out: str, seconds: float) -> str:
             f"  perplexity    dense {held_out['dense_perplexity']:.2f}, gated {held_out['perplexity']:.2f} ({rise:+.1%})",
             f"  bytes/token   {size(reads['dense'])} -> {size(reads['gated'])} ({reads['gated'] / reads['dense'] - 1:+.0%})",
             f"  basis         {basis_text(report['basis'])}",
+            *([f"  tuning        {tuning_text(report['tuning'])}"] if "tuning" in report else []),
             calibration_text(report["calibration"] | {"asked": report["options"]["samples"]}),
             *unused_text(report["unused"]),
             *within_text(report["verification"].get("max_ppl_increase")),
@@ -71,6 +72,7 @@ def plan_text(plan: dict[str, Any], out: str) -> str:
             ),
             f"  basis         {basis_text(plan['basis'])}",
             *[f"  stays dense   {name}: {reason}" for name, reason in plan["stays_dense"].items()],
+            *([f"  tuning        {tuning_text(plan['tuning'])}"] if "tuning" in plan else []),
             calibration_text(plan["calibration"]),
             *unused_text(plan["unused"]),
             f"  disk          {size(plan['disk_bytes'])} in {out}",
@@ -145,6 +147,17 @@ def _measured_on(found: "Sequence[Evaluation]", texts: Sequence[str]) -> list[st
                 f"{one.checkpoint} does not record which text its conversion saw; whether it saw this one cannot be told"
             )
     return [printable(line) for line in lines]
+
+
+def tuning_text(tuning: dict[str, Any]) -> str:
+    """What learning came to, or what it will take."""
+    if "memory_bytes" in tuning:
+        how = ", layers computed again for their gradients" if tuning["gradient_checkpointing"] else ""
+        return f"takes {size(tuning['memory_bytes'])} of memory{how}"
+    if not tuning["kept"]:
+        return f"untuned: {tuning['reason']}"
+    losses = zip(tuning["levels"], tuning["kl_before"], tuning["kl_after"], strict=True)
+    return "KL to dense " + ", ".join(f"{before:.3g} -> {after:.3g} at {level:.0%}" for level, before, after in losses)
 
 
 def bench_text(measured: "Benchmark") -> str:

@@ -14,6 +14,7 @@ from ..models.text import HELD_OUT
 from ..runtime.kernels import gated_linear
 from .plan import ConversionPlan
 from .search import search_sequences
+from .tuning import TuningPlan
 from .turn import Turn, basis_sequences
 
 # What a dry run assumes to tell the time; the products, most of the work on a large model, it measures.
@@ -36,18 +37,29 @@ def shape_report(plan: ConversionPlan, sparsity: float) -> dict[str, Any]:
 
 
 def disk_bytes(
-    source: Source, plan: ConversionPlan, turn: Turn | None, sparsity: float, samples: int, length: int
+    source: Source,
+    plan: ConversionPlan,
+    turn: Turn | None,
+    tuning: TuningPlan | None,
+    sparsity: float,
+    samples: int,
+    length: int,
 ) -> int:
-    """What a conversion needs: the checkpoint, the files beside it, and two snapshots for `resume`: hidden states and basis."""
+    """What a conversion needs: the checkpoint, the files beside it, and two snapshots for `resume`.
+
+    A snapshot holds hidden states, the basis and what tuning learns.
+    """
     states = len(levels(sparsity)) * samples * length * plan.hidden_size * plan.dtype.itemsize
     beside = sum((source.path / path).stat().st_size for path in sidecars(source.path))
-    return plan.disk_bytes + beside + 2 * (states + (turn.basis_bytes if turn else 0))
+    learned = tuning.stored_bytes + 2 * tuning.snapshot_bytes if tuning else 0
+    return plan.disk_bytes + beside + 2 * (states + (turn.basis_bytes if turn else 0)) + learned
 
 
 def plan_report(
     source: Source,
     plan: ConversionPlan,
     turn: Turn | None,
+    tuning: TuningPlan | None,
     sparsity: float,
     calibration: dict[str, Any],
     device: torch.device,
@@ -69,6 +81,10 @@ def plan_report(
         + (4 + (2 if turn else 0)) * plan.disk_bytes / DISK_RATE  # read, written, both read again; read for a basis
         + (turn.effort.operations if turn and turn.effort else 0) / rate
     )
+    shapes = shape_report(plan, sparsity)
+    if tuning and not tuning.reason:
+        seconds += tuning.operations / rate
+        shapes["disk_bytes"] += tuning.stored_bytes
     return {
         "source": {"name": source.name, "revision": source.revision},
         "sparsity": sparsity,
@@ -76,7 +92,8 @@ def plan_report(
         "device": str(device),
         "calibration": calibration,
         "basis": turn.shown() if turn else {"kind": "none"},
-        **shape_report(plan, sparsity),
+        **({"tuning": tuning.shown()} if tuning else {}),
+        **shapes,
         "stays_dense": dict(plan.family.dense),
         "unused": list(unused),
         "seconds": round(seconds, 1),

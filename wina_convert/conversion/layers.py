@@ -65,7 +65,7 @@ def write_layers(
     shown = min(config.calibration["levels"], key=lambda level: abs(level - sparsity))
     embedded = model.embed(tokens.split(at_a_time))
     done = 0
-    if staging.snapshot is None:
+    if staging.begun is None:
         with progress("Writing embeddings", sum(source.tensors[key].nbytes for key in outside), "B") as advance:
             for key in outside:
                 shards.write(stored_tensors(source, plan.steps, [key]))
@@ -73,10 +73,10 @@ def write_layers(
             shards.write({plan.sentinel: sentinel()})
         states = {level: list(embedded) for level in config.calibration["levels"]}
     else:
-        done = staging.snapshot.layers
+        done = staging.begun.layers
         written = {plan.origin[key] for keys in by_layer[:done] for key in keys} | {*outside}
         shards.skip({plan.sentinel, *(name for name, key in plan.origin.items() if key in written)})
-        states, kept = _restore(staging.snapshot.tensors, device)
+        states, kept = _restore(staging.begun.tensors, device)
     del embedded
     saved, cost = time.monotonic(), 0.0
     with progress(f"Calibrating on {len(tokens)} sequences and writing", plan.n_layers, "layer") as advance:

@@ -67,6 +67,11 @@ class ConversionOptions:
         "How the sparsity is divided: types (by type of projection, as was best on small models), uniform (all alike) or greedy "
         "(TEAL's search within each layer, slow; to compare).",
     )
+    tune: bool = _option(
+        False,
+        REPORT,
+        "Learn thresholds, biases and column weights by distilling the dense model; takes the whole model in memory.",
+    )
     batch_size: int = _option(1, REPORT, "Sequences computed at a time on a GPU; a CPU takes one, which is as fast.")
     seed: int = _option(0, REPORT, "Seed of the choice of sequences.")
     device: str = _option("auto", IDENTITY, "auto, cpu, cuda, cuda:1 ...")

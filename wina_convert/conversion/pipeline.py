@@ -27,9 +27,7 @@ from ..pictures import check_available
 from ..progress import Progress, silent
 from . import plot as pictures
 from .files import check_space, check_target, copy_sidecars, write_config, write_json
-from .loss_limit import sparsity_within, within_report
 from .options import IDENTITY, REPORT, ConversionOptions, documented
-from .search import carried_shares, searched
 from .staging import staged
 
 
@@ -45,7 +43,8 @@ def convert(
 ) -> dict[str, Any]:
     """Turn a Hugging Face causal LM into a WINA checkpoint.
 
-    One decoder layer is in memory at a time, and the folder appears only when it is complete and verified.
+    One decoder layer is in memory at a time, or with `tune` for a while the whole model. The folder appears only when it is
+    complete and verified.
 
     Args:
         model: local folder or Hub id.
@@ -61,7 +60,8 @@ def convert(
         WinaError: whatever stands in the way; nothing is written then.
     """
     asked = ConversionOptions(**options)
-    with TemporaryDirectory() if asked.dry_run else nullcontext() as scratch:
+    fetched = asked.dry_run and not Path(model).exists()
+    with TemporaryDirectory() if fetched else nullcontext() as scratch:
         return _convert(model, out, asked, Path(scratch) if scratch else None, progress, tqdm_class)
 
 
@@ -73,7 +73,7 @@ def _convert(
     progress: Progress,
     tqdm_class: type[Any] | None,
 ) -> dict[str, Any]:
-    """`convert`; a dry run has a folder to put files from the Hub into."""
+    """`convert`; a dry run of a model on the Hub has a folder to put its small files into."""
     shard_bytes(asked.max_shard_size)
     device = choose_device(asked.device)
     if asked.plot:
@@ -89,8 +89,11 @@ def _convert(
     from .card import write_card
     from .estimate import disk_bytes, plan_report, shape_report
     from .layers import write_layers
+    from .loss_limit import sparsity_within, within_report
     from .plan import make_plan
     from .proof import prove
+    from .search import carried_shares, searched
+    from .tuning import carried_tuning, plan_tuning, tune_source, tuned_plan, tuning_sequences
     from .turn import basis_sequences, carried_basis, find_basis, plan_turn, restored_basis, turned_source
     from .turn_proof import check_turned
     from .twin_proof import check_twin
@@ -104,23 +107,25 @@ def _convert(
         plan = make_plan(turn.source, *chosen)
     basis = turn.shown() if turn else {"kind": "none"}
     length = sequence_length(source, asked.seq_len)
-    check_space(Path(out), disk_bytes(source, plan, turn, asked.sparsity, 0, length))  # before the text is read
+    tuning = plan_tuning(turn.source if turn else source, plan, length, device) if asked.tune else None
+    check_space(Path(out), disk_bytes(source, plan, turn, tuning, asked.sparsity, 0, length))  # before the text is read
     # A CPU gains nothing from more sequences at a time, and one by one they give the same bits.
     at_a_time = 1 if device.type == "cpu" else asked.batch_size
 
     documents = read_documents(asked.calibration)
-    wanted = asked.samples + (basis_sequences(asked.samples, length) if turn else 0)
+    for_basis = basis_sequences(asked.samples, length) if turn else 0
+    wanted = asked.samples + max(for_basis, tuning_sequences(length) if tuning else 0)
     packed = sequences(documents, load_tokenizer(source), length, wanted + HELD_OUT, asked.calibration)
     check_vocabulary(packed, source)
     seen, held_out = split(packed, wanted, asked.seed)
     tokens, rest = seen[: asked.samples], seen[asked.samples :]
     # Scores are smaller on text that a basis was fitted to: thresholds from there would skip less elsewhere.
-    shown = rest if len(rest) >= len(tokens) else seen
+    shown = rest[:for_basis] if len(rest) >= len(tokens) else seen
     text = Path(asked.calibration).name if Path(asked.calibration).is_file() else asked.calibration
-    check_space(Path(out), disk_bytes(source, plan, turn, asked.sparsity, len(tokens), length))
+    check_space(Path(out), disk_bytes(source, plan, turn, tuning, asked.sparsity, len(tokens), length))
     if asked.dry_run:
         found_text = {"text": text, "samples": len(tokens), "asked": asked.samples, "seq_len": length}
-        planned = plan_report(source, plan, turn, asked.sparsity, found_text, device, unused)
+        planned = plan_report(source, plan, turn, tuning, asked.sparsity, found_text, device, unused)
         return planned | {"max_ppl_increase": asked.max_ppl_increase}
     used = replace(asked, seq_len=length, calibration=text, device=str(device))
     config = WinaConfig(
@@ -147,11 +152,14 @@ def _convert(
         "source": config.source | {"files": fingerprints(source)},
         "versions": versions,
         "options": used.deciding(REPORT, IDENTITY),
-        "calibration": config.calibration | {"basis_sha256": digest(shown), "held_out_sha256": digest(held_out)},
+        "calibration": config.calibration
+        | {"basis_sha256": digest(shown), "held_out_sha256": digest(held_out)}
+        | ({"tuning_sha256": digest(rest)} if tuning else {}),
     }
     with staged(Path(out), identity, asked.resume, asked.keep, asked.overwrite) as staging:
         folder, written, differs = staging.folder, source, None
         carried: dict[str, Tensor] = {}
+        extra: dict[str, Any] = {}
         if turn:
             found = restored_basis(turn, staging.snapshot) or find_basis(
                 turn, plan.dtype, shown, at_a_time, device, asked.seed, progress
@@ -162,7 +170,15 @@ def _convert(
         plan = searched(plan, written, config, tokens, at_a_time, device, staging.snapshot, progress)
         config = replace(config, shares=plan.budget.stored())
         carried |= carried_shares(plan)
-        with ShardWriter(folder, plan.tensors, asked.max_shard_size, staging.snapshot is not None) as shards:
+        if tuning:
+            tuned = tune_source(written, plan, tuning, tokens, rest, device, asked.seed, staging, carried, progress)
+            carried |= carried_tuning(tuned)
+            extra["tuning"] = tuned.report
+            if tuned.tuned:
+                plan = tuned_plan(written, plan, tuned.tuned)
+                name, shares = plan.budget.allocation, plan.budget.stored()
+                config = replace(config, scheme=plan.scheme.name, allocation=name, shares=shares, biases=True)
+        with ShardWriter(folder, plan.tensors, asked.max_shard_size, staging.begun is not None) as shards:
             curves = write_layers(
                 written, plan, config, tokens, at_a_time, device, shards, staging, carried, progress, asked.plot
             )
@@ -181,6 +197,7 @@ def _convert(
             **shape_report(plan, proof.held_out.sparsity),
             "unused": list(unused),
             "basis": basis | ({"logits_differ": differs} if turn else {}),
+            **extra,
             "calibration": config.calibration,
             "verification": {"sequences": len(held_out), **proof.as_dict(), **within},
             SEEN: record(torch.cat([seen, held_out])),

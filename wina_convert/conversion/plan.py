@@ -116,8 +116,7 @@ def make_plan(
         raise SourceError(f"{source.name} has no decoder layer; check its config.json")
     chosen = _choose(projections, family, targets, ignore)
     steps = steps_of(chosen, SCHEMES[scheme], cast)
-    headers = {key: planned_headers(steps, spec) for key, spec in source.tensors.items()}
-    empty = sentinel()
+    tensors, origin = lay_out(source, steps, chosen)
     path = family.layers
     stored_bytes = {spec.name: spec.numel * (cast or spec.dtype).itemsize for spec in source.tensors.values()}
     layers: dict[int, int] = {}
@@ -131,11 +130,8 @@ def make_plan(
         scheme=SCHEMES[scheme],
         budget=ALLOCATIONS[allocation]({projection.name: projection.weights for projection in chosen}, family.prior),
         steps=steps,
-        tensors=(
-            *(spec for specs in headers.values() for spec in specs),
-            TensorSpec(f"{chosen[0].key}.{WEIGHT}", empty.dtype, tuple(empty.shape)),
-        ),
-        origin={spec.name: key for key, specs in headers.items() for spec in specs},
+        tensors=tensors,
+        origin=origin,
         dtype=compute,
         cast=cast is not None,
         layers=path,
@@ -146,6 +142,17 @@ def make_plan(
         hidden_size=model.config.get_text_config().hidden_size,
         family=family,
     )
+
+
+def lay_out(
+    source: Source, steps: Sequence[Step], projections: Sequence[Projection]
+) -> tuple[tuple[TensorSpec, ...], dict[str, str]]:
+    """What the checkpoint will hold, the sentinel last, and the key in the source that each was made from."""
+    headers = {key: planned_headers(steps, spec) for key, spec in source.tensors.items()}
+    empty = sentinel()
+    last = TensorSpec(f"{projections[0].key}.{WEIGHT}", empty.dtype, tuple(empty.shape))
+    origin = {spec.name: key for key, specs in headers.items() for spec in specs}
+    return (*(spec for specs in headers.values() for spec in specs), last), origin
 
 
 def _choose(

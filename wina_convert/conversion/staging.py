@@ -51,6 +51,11 @@ class Staging:
     identity: dict[str, Any]
     snapshot: Snapshot | None
 
+    @property
+    def begun(self) -> Snapshot | None:
+        """The snapshot if it says that layers are written; before, the weight files hold nothing to go on with."""
+        return self.snapshot if self.snapshot and self.snapshot.layers else None
+
     def save(self, layers: int, tensors: Mapping[str, Tensor]) -> None:
         """Record that so many layers are finished; their weights are on the disk already."""
         metadata = {"layers": str(layers), "identity": json.dumps(self.identity)}

@@ -6,7 +6,7 @@ a source of its own, whose `read` makes the tensors.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -16,7 +16,7 @@ from ..errors import SourceError
 from ..fitting.schemes import Scheme
 from ..format.folder import Folder
 from ..format.grid import GRID
-from ..format.names import COLUMN_NORMS, THRESHOLDS, WEIGHT, WEIGHT_T
+from ..format.names import BIASES, COLUMN_NORMS, THRESHOLDS, WEIGHT, WEIGHT_T
 from ..format.shards import TensorSpec
 from ..models.structure import Projection
 
@@ -65,38 +65,51 @@ class Gate:
     Attributes:
         projections: the gated ones by the key of their weight in the source.
         scheme: how the columns are weighted.
+        biases: [K, out] each, float32, by projection: biases along the grid; none where it is empty.
     """
 
     projections: Mapping[str, Projection]
     scheme: Scheme
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
 
     def headers(self, spec: TensorSpec) -> list[TensorSpec]:
-        """Weight, column weights and thresholds of a gated projection; anything else as it is."""
+        """Weight, column weights, thresholds and biases of a gated projection; anything else as it is."""
         projection = self.projections.get(spec.name)
         if projection is None:
             return [spec]
         shape = (projection.in_features, projection.out_features)
-        return [
+        specs = [
             TensorSpec(f"{projection.key}.{WEIGHT_T}", spec.dtype, shape),
             TensorSpec(f"{projection.key}.{COLUMN_NORMS}", torch.float32, shape[:1]),
             TensorSpec(f"{projection.key}.{THRESHOLDS}", torch.float32, (len(GRID),)),
         ]
+        if self.biases:
+            specs.append(TensorSpec(f"{projection.key}.{BIASES}", torch.float32, (len(GRID), shape[1])))
+        return specs
 
     def make(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """Weight and column weights of a gated projection; anything else as it is."""
+        """Weight, column weights and biases of a gated projection; anything else as it is."""
         projection = self.projections.get(name)
         if projection is None:
             return {name: tensor}
         weight_t = (tensor if projection.transposed_in_source else tensor.t()).contiguous()
-        return {
+        made = {
             f"{projection.key}.{WEIGHT_T}": weight_t,
             f"{projection.key}.{COLUMN_NORMS}": self.scheme.column_weights(projection.name, weight_t),
         }
+        if self.biases:
+            made[f"{projection.key}.{BIASES}"] = self.biases[projection.name]
+        return made
 
 
-def steps_of(projections: Iterable[Projection], scheme: Scheme, cast: torch.dtype | None) -> tuple[Step, ...]:
+def steps_of(
+    projections: Iterable[Projection],
+    scheme: Scheme,
+    cast: torch.dtype | None,
+    biases: Mapping[str, Tensor] | None = None,
+) -> tuple[Step, ...]:
     """The steps of a conversion that gates these projections and, with `cast`, stores everything in that dtype."""
-    gate = Gate({f"{projection.key}.{WEIGHT}": projection for projection in projections}, scheme)
+    gate = Gate({f"{projection.key}.{WEIGHT}": projection for projection in projections}, scheme, biases or {})
     return (gate,) if cast is None else (Cast(cast), gate)
 
 

@@ -23,7 +23,7 @@ DISTINCT = 8  # different tokens that a window needs: rules and separators are a
 KEPT = 16  # one hash in so many
 FACTOR = 6364136223846793005  # of the polynomial, modulo 2^64 (Knuth's for linear congruences)
 ROWS = 1 << 17  # tokens handled at a time: bounds the temporaries at some 50 MB
-SHARE, LEAST = 0.02, 3  # fingerprints in common from which on a text counts as seen
+SHARE = 0.05  # of a text's fingerprints from which on it counts as seen: licences and the like are in many texts
 
 
 def fingerprints(tokens: Tensor) -> Tensor:
@@ -80,15 +80,14 @@ def seen_text(folder: Path) -> Tensor | None:
 
 
 def overlap(tokens: Tensor, seen: Tensor) -> float:
-    """The share of a text's fingerprints that were seen; 0 where they are too few to tell.
+    """The share of a text's fingerprints that were seen; 0 where it has none.
 
     Args:
         tokens: [N, S], int64: the text.
         seen: [K], int64: fingerprints.
     """
     found = fingerprints(tokens)
-    common = int(torch.isin(found, seen).sum())
-    return common / len(found) if common >= LEAST else 0.0
+    return int(torch.isin(found, seen).sum()) / max(1, len(found))
 
 
 def refuse_seen(folder: Path, tokens: Tensor, texts: Sequence[str]) -> bool:

@@ -151,6 +151,12 @@ class StreamedModel:
             yield logits
         self._inject = None
 
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """Load the whole model for the length of a with-block; it computes in its own dtype, and gradients where asked."""
+        with self._loaded(list(self.keys)):
+            yield self.model
+
     def _layer_names(self, index: int) -> list[str]:
         return [name for name in self.keys if name.startswith(f"{self.prefix}.{index}.")]
 

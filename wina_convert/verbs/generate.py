@@ -11,6 +11,7 @@ from ..errors import CheckpointError, OptionError, one_line
 from ..format.checkpoint import open_checkpoint
 from ..format.dtypes import dtype_name
 from ..models.text import context_of, load_tokenizer
+from ..runtime.kernels import cpu
 from ..runtime.loader import load
 
 
@@ -125,6 +126,8 @@ def generate(
         sampling |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
     try:
         with torch.inference_mode():
+            if model.device.type == "cpu":
+                cpu.compiled(model.dtype)  # takes seconds, the first time on a machine, which are no token's
             model(input_ids=inputs["input_ids"][:, -1:], use_cache=False)
             model.generate(
                 **inputs,

@@ -48,7 +48,7 @@ def test_every_number_of_rows_gives_the_sum(rows, n_in, n_out, dtype):
 @pytest.mark.parametrize("columns", [1, 5, 17, 18])
 @pytest.mark.parametrize("bias", [True, False])
 def test_many_rows_are_right_however_the_outputs_are_divided_into_blocks(bias, columns, dtype, monkeypatch):
-    monkeypatch.setattr("wina_convert.runtime.kernels.cpu.COLUMNS", columns)
+    monkeypatch.setattr("wina_convert.runtime.kernels.cpu.WIDENED", 4 * 33 * columns)
     monkeypatch.setattr("wina_convert.runtime.kernels.cpu.multiplies", lambda dtype: False)
     arguments = problem(0, (20,), 33, 17, dtype, bias)
     check(gated_linear(*arguments), *arguments)

@@ -85,6 +85,37 @@ def test_every_number_of_rows_gives_the_sum(n_in, n_out, threads, dtype, kernel)
 
 @kernels
 @every_dtype
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("n", [(1, 1), (7, 33), (65, 64), (129, 1333), (777, 95)])
+def test_a_row_among_others_has_the_bits_that_it_has_alone(n, threads, dtype, kernel, monkeypatch):
+    monkeypatch.setattr(streaming, "GRAIN", 1)
+    torch.set_num_threads(threads)
+    x, weight_t, tau, bias = problem(9, (8,), *n, dtype)
+    bits = torch.int32 if dtype is torch.float32 else torch.int16  # the signs of zeros as well
+    x[2] = 0  # keeps nothing, where the rows beside it keep inputs of their own
+    x[5, ::2] *= 100  # keeps more than the others
+    for added in (bias, None):
+        alone = [call(kernel, row, weight_t, tau, added) for row in x]
+        for rows in range(2, 9):
+            for chosen in (list(range(rows)), list(range(7, 7 - rows, -1))):
+                together = call(kernel, x[chosen], weight_t, tau, added)
+                assert torch.equal(together.view(bits), torch.stack([alone[row] for row in chosen]).view(bits))
+
+
+@every_dtype
+def test_the_number_of_threads_changes_no_bit(dtype, monkeypatch):
+    monkeypatch.setattr(streaming, "GRAIN", 1)
+    for rows in (1, 3, 8):
+        arguments = problem(rows, (rows,), 300, 1333, dtype)
+        torch.set_num_threads(1)
+        expected = streaming.columns(*arguments)
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            assert torch.equal(streaming.columns(*arguments), expected)
+
+
+@kernels
+@every_dtype
 @pytest.mark.parametrize("leading", [(0,), (0, 3), (2, 0)])
 def test_an_empty_batch_gives_an_empty_result(leading, dtype, kernel):
     y = call(kernel, *problem(0, leading, 5, 3, dtype))
@@ -353,9 +384,17 @@ def test_importing_the_package_and_the_loader_does_not_import_the_compiler():
 
 @pytest.mark.slow
 def test_what_one_process_compiled_the_next_one_reads_from_the_disk(tmp_path):
-    code = PROBLEMS + "both(*problem(1, 3, 5, torch.float32))\nprint(sum(c._cache_hits for c in streaming._kept))"
-    assert python(code, NUMBA_CACHE_DIR=str(tmp_path))[0] == "0\n"
+    code = "import logging\nlogging.basicConfig(format='%(message)s', level=logging.INFO)\n"
+    code += PROBLEMS + "both(*problem(1, 3, 5, torch.float32))\nprint(sum(c._cache_hits for c in streaming._kept))"
+    first, said = python(code, NUMBA_CACHE_DIR=str(tmp_path))
+    assert first == "0\n"
+    assert [line.split(" in ")[0] for line in said.splitlines() if "CPU kernel" in line] == [
+        "compiled the CPU kernel 'columns'",
+        "compiled the CPU kernel 'dots'",
+    ]
     compiled = {file: file.read_bytes() for file in tmp_path.rglob("*.nbc")}
     assert len(compiled) == 2
-    assert python(code, NUMBA_CACHE_DIR=str(tmp_path))[0] == "2\n"
+    again, said = python(code, NUMBA_CACHE_DIR=str(tmp_path))
+    assert again == "2\n"
+    assert "CPU kernel" not in said
     assert {file: file.read_bytes() for file in tmp_path.rglob("*.nbc")} == compiled

@@ -72,6 +72,7 @@ FIELDS += [
     "modules",
     "scheme",
     "shares",
+    "biases",
     "prefill",
     "format_version",
     "tie_word_embeddings",

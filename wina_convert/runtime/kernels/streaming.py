@@ -1,32 +1,35 @@
 """Products of one to a few rows with a matrix, at the speed at which a CPU reads the matrix.
 
-`columns` is the gated product: it reads only the rows of the transposed weight whose inputs are kept. The active rows, not the
-outputs, are divided among the threads: each thread walks whole rows, eight side by side, into an accumulator of its own that
-stays in its cache, and the accumulators are added at the end. Every stream goes forward through memory, which is what the
-processor's prefetching is made for. `dots` is the dense product with a plain [out, in] weight.
+`columns` is the gated product: it reads only the rows of the transposed weight whose inputs are kept. Each thread has some of the
+outputs. It walks the kept rows, a few side by side, and adds them to sums of its own that stay in its cache; while it reads
+some, the next ones are fetched. All rows of x take part at once: a weight is read and widened once, and the sums of a few
+outputs are in registers meanwhile. A sum is made in the order of the inputs: neither the rows beside it nor the number of
+threads changes a bit of it. `dots` is the dense product with a plain [out, in] weight.
 
 Compiled by numba on first use and cached on disk. The threads are those of torch's own OpenMP runtime: two pools on the same
 cores would wait for each other. Nothing is locked, so several Python threads may call at once.
 """
 
 import ctypes
+import logging
 import struct
 import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import llvmlite.binding
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import carray, types
-from numba.extending import intrinsic
 from torch import Tensor
 
-TILE = 1024  # columns of eight weight rows that stay in the first-level cache while several rows of x use them
+from .vectors import LANES, STRIP, accumulate, narrow, pointer, widen
+
+AHEAD = 16  # rows of the weight that are fetched ahead
 GRAIN = 1 << 15  # weights below which another thread costs more than it brings
 LINE = 16  # float32 in a cache line
 
@@ -39,6 +42,7 @@ _pack = struct.Struct(f"{len(FIELDS)}q").pack
 _OPTIONS = {"error_model": "numpy", "fastmath": {"contract", "nsz"}}
 _SUM_OPTIONS = {"error_model": "numpy", "fastmath": {"contract", "nsz", "reassoc"}}
 _local = threading.local()
+_log = logging.getLogger(__name__)
 
 
 def _openmp() -> Callable[..., None]:
@@ -63,49 +67,6 @@ _thread = types.ExternalFunction("wina_omp_get_thread_num", types.int32())
 _threads = types.ExternalFunction("wina_omp_get_num_threads", types.int32())
 
 
-@intrinsic
-def _pointer(typing_context, address):
-    def generate(context, builder, signature, args):
-        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.int64), generate
-
-
-@intrinsic
-def _widen(typing_context, value):
-    """A stored weight or activation as float32."""
-
-    def generate(context, builder, signature, args):
-        if value == types.uint16:
-            bits = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-            return builder.bitcast(bits, ir.FloatType())
-        if value == types.int16:
-            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-        return args[0]
-
-    return types.float32(value), generate
-
-
-@intrinsic
-def _narrow(typing_context, value, like):
-    """float32 rounded to nearest even in the storage of `like`."""
-
-    def generate(context, builder, signature, args):
-        i16, i32 = ir.IntType(16), ir.IntType(32)
-        if like == types.uint16:
-            bits = builder.bitcast(args[0], i32)
-            odd = builder.and_(builder.lshr(bits, ir.Constant(i32, 16)), ir.Constant(i32, 1))
-            rounded = builder.add(builder.add(bits, ir.Constant(i32, 0x7FFF)), odd)
-            quiet = builder.or_(bits, ir.Constant(i32, 0x400000))
-            is_nan = builder.fcmp_unordered("uno", args[0], args[0])
-            return builder.trunc(builder.lshr(builder.select(is_nan, quiet, rounded), ir.Constant(i32, 16)), i16)
-        if like == types.int16:
-            return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), i16)
-        return args[0]
-
-    return like(types.float32, like), generate
-
-
 @numba.njit(**_OPTIONS)
 def _compact(x, tau, rows, n_in, start, stop, index, value):
     """List the inputs of [start, stop) that some row keeps, from `index[start]`; their values, 0 where a row drops them."""
@@ -113,7 +74,7 @@ def _compact(x, tau, rows, n_in, start, stop, index, value):
     for j in range(start, stop):
         kept = False
         for r in range(rows):
-            v = _widen(x[r * n_in + j])
+            v = widen(x[r * n_in + j])
             keep = not (abs(v) <= tau[j])  # a NaN is kept
             value[n * rows + r] = v if keep else np.float32(0)
             kept |= keep
@@ -123,65 +84,46 @@ def _compact(x, tau, rows, n_in, start, stop, index, value):
 
 
 @numba.njit(**_OPTIONS)
-def _accumulate(weight, index, value, rows, n_out, begin, end, sums, stride):
-    """sums[r] += value[k, r] * weight[index[k]] over k of [begin, end), in eight streams that are far from each other."""
-    tile = n_out if rows == 1 else TILE
-    step = max(end - begin, 0) // 8
-    for k in range(begin, begin + step):
-        for left in range(0, n_out, tile):
-            w0, w1 = weight[index[k] * n_out + left :], weight[index[k + step] * n_out + left :]
-            w2, w3 = weight[index[k + 2 * step] * n_out + left :], weight[index[k + 3 * step] * n_out + left :]
-            w4, w5 = weight[index[k + 4 * step] * n_out + left :], weight[index[k + 5 * step] * n_out + left :]
-            w6, w7 = weight[index[k + 6 * step] * n_out + left :], weight[index[k + 7 * step] * n_out + left :]
-            for r in range(rows):
-                v, next_ = value[k * rows + r :], step * rows
-                v0, v1, v2, v3 = v[0], v[next_], v[2 * next_], v[3 * next_]
-                v4, v5, v6, v7 = v[4 * next_], v[5 * next_], v[6 * next_], v[7 * next_]
-                row = sums[r * stride + left :]
-                for o in range(min(tile, n_out - left)):
-                    total = row[o] + v0 * _widen(w0[o]) + v1 * _widen(w1[o]) + v2 * _widen(w2[o]) + v3 * _widen(w3[o])
-                    row[o] = total + v4 * _widen(w4[o]) + v5 * _widen(w5[o]) + v6 * _widen(w6[o]) + v7 * _widen(w7[o])
-    for k in range(begin + 8 * step, end):
-        w0 = weight[index[k] * n_out :]
-        for r in range(rows):
-            v0 = value[k * rows + r]
-            row = sums[r * stride :]
-            for o in range(n_out):
-                row[o] += v0 * _widen(w0[o])
+def _gather(task, tau, x, row_bytes, counts, index, part, address, value):
+    """List the inputs that some row keeps, in their order, shared by the threads of a region; returns how many there are.
 
-
-@numba.njit(**_OPTIONS)
-def _columns(task, x, weight, tau, bias, y, sums, value, index, counts, stride):
-    """y[r] = bias + sum over the inputs with |x[r, j]| > tau[j] of x[r, j] * weight[j]; in each thread of a region."""
-    rows, n_in, n_out = task.rows, task.n_in, task.n_out
+    address[k]: of the weights of the k-th; value[k, r]: what row r has there, 0 where it drops the input.
+    """
+    rows, n_in = task.rows, task.n_in
     me, threads = _thread(), _threads()
-    counts[me * LINE] = _compact(x, tau, rows, n_in, n_in * me // threads, n_in * (me + 1) // threads, index, value)
-    mine = sums[me * rows * stride : (me + 1) * rows * stride]
-    mine[:] = 0
+    start = n_in * me // threads
+    mine = _compact(x, tau, rows, n_in, start, n_in * (me + 1) // threads, index, part)
+    counts[me * LINE] = mine
     _barrier()
-    # The threads share the active inputs evenly, whichever slice of the inputs they came from.
-    active = 0
+    before = active = 0
     for t in range(threads):
+        before += counts[t * LINE] if t < me else 0
         active += counts[t * LINE]
-    first, last, before = active * me // threads, active * (me + 1) // threads, 0
-    for t in range(threads):
-        start, count = n_in * t // threads, counts[t * LINE]
-        begin, end = max(first - before, 0), min(last - before, count)
-        _accumulate(weight, index, value, rows, n_out, start + begin, start + end, mine, stride)
-        before += count
+    for k in range(mine):
+        address[before + k] = task.weight + index[start + k] * row_bytes
+    for i in range(mine * rows):
+        value[before * rows + i] = part[start * rows + i]
+    if me == 0:  # what is fetched ahead of the last ones
+        address[active : active + AHEAD] = task.weight
     _barrier()
-    left, count = n_out * me // threads, n_out * (me + 1) // threads - n_out * me // threads
-    for r in range(rows):
-        total, out = sums[r * stride + left :], y[r * n_out + left :]
-        for t in range(1, threads):
-            part = sums[(t * rows + r) * stride + left :]
-            for o in range(count):
-                total[o] += part[o]
-        if task.bias:
-            for o in range(count):
-                total[o] += _widen(bias[left + o])
-        for o in range(count):
-            out[o] = _narrow(total[o], weight[0])
+    return active
+
+
+@numba.njit(error_model="numpy")
+def _finish(total, bias, added, y, pairs, strips, rest):
+    """y = total + bias, rounded; `pairs`: in a strip the even columns come before the odd ones."""
+    for s in range(strips):
+        left = s * STRIP
+        for p in range(LANES):
+            first, second = (2 * p, 2 * p + 1) if pairs else (p, LANES + p)
+            # Adding 0 makes a negative zero positive, which is all that a dropped input could have done to a sum.
+            even, odd = total[left + p] + np.float32(0), total[left + LANES + p] + np.float32(0)
+            if added:
+                even, odd = even + widen(bias[left + first]), odd + widen(bias[left + second])
+            y[left + first], y[left + second] = narrow(even, y[0]), narrow(odd, y[0])
+    for o in range(strips * STRIP, strips * STRIP + rest):
+        sum_ = total[o] + np.float32(0)
+        y[o] = narrow(sum_ + widen(bias[o]) if added else sum_, y[0])
 
 
 @numba.njit(**_SUM_OPTIONS)
@@ -190,7 +132,7 @@ def _dots(task, x, weight, bias, y, value):
     rows, n_in, n_out = task.rows, task.n_in, task.n_out
     me, threads = _thread(), _threads()
     for i in range(rows * n_in * me // threads, rows * n_in * (me + 1) // threads):
-        value[i] = _widen(x[i])
+        value[i] = widen(x[i])
     _barrier()
     start, stop = n_out * me // threads, n_out * (me + 1) // threads
     quarter = (stop - start + 3) // 4
@@ -202,21 +144,21 @@ def _dots(task, x, weight, bias, y, value):
             v = value[r * n_in :]
             s0 = s1 = s2 = s3 = np.float32(0)
             for j in range(n_in):
-                s0 += v[j] * _widen(w0[j])
-                s1 += v[j] * _widen(w1[j])
-                s2 += v[j] * _widen(w2[j])
-                s3 += v[j] * _widen(w3[j])
+                s0 += v[j] * widen(w0[j])
+                s1 += v[j] * widen(w1[j])
+                s2 += v[j] * widen(w2[j])
+                s3 += v[j] * widen(w3[j])
             if task.bias:
                 s0, s1, s2, s3 = (
-                    s0 + _widen(bias[o]),
-                    s1 + _widen(bias[o1]),
-                    s2 + _widen(bias[o2]),
-                    s3 + _widen(bias[o3]),
+                    s0 + widen(bias[o]),
+                    s1 + widen(bias[o1]),
+                    s2 + widen(bias[o2]),
+                    s3 + widen(bias[o3]),
                 )
-            y[r * n_out + o3] = _narrow(s3, weight[0])
-            y[r * n_out + o2] = _narrow(s2, weight[0])
-            y[r * n_out + o1] = _narrow(s1, weight[0])
-            y[r * n_out + o] = _narrow(s0, weight[0])
+            y[r * n_out + o3] = narrow(s3, weight[0])
+            y[r * n_out + o2] = narrow(s2, weight[0])
+            y[r * n_out + o1] = narrow(s1, weight[0])
+            y[r * n_out + o] = narrow(s0, weight[0])
 
 
 @numba.njit(**_SUM_OPTIONS)
@@ -237,10 +179,13 @@ _SIGNATURE = types.void(types.CPointer(numba.from_dtype(TASK)))
 
 def _compile(body: Callable[[Any], None]) -> int:
     """Address of the machine code of `body`; from the disk if it was compiled before, on this kind of processor."""
+    begin = perf_counter()
     try:
         compiled = numba.cfunc(_SIGNATURE, cache=True, **_OPTIONS)(body)
     except RuntimeError:  # no folder to cache in can be written
         compiled = numba.cfunc(_SIGNATURE, **_OPTIONS)(body)
+    if not compiled.cache_hits:
+        _log.info("compiled the CPU kernel %r in %.1f s; this machine keeps it", body.__name__, perf_counter() - begin)
     _kept.append(compiled)  # the code lives as long as this object
     return compiled.address  # type: ignore[no-any-return]
 
@@ -249,44 +194,75 @@ _kept: list[Any] = []
 
 
 @cache
-def _columns_code(storage: Any) -> int:
-    def columns(pointer):
-        task = carray(pointer, (1,))[0]
-        rows, n_in, n_out, threads = task.rows, task.n_in, task.n_out, _threads()
-        stride = (n_out + LINE - 1) // LINE * LINE
-        counts = carray(_pointer(task.scratch), (threads * LINE,), types.int64)
-        floats = carray(_pointer(task.scratch + 8 * threads * LINE), (rows * (threads * stride + n_in),), types.float32)
-        sums, value = floats[: threads * rows * stride], floats[threads * rows * stride :]
-        index = carray(_pointer(task.scratch + 8 * threads * LINE + 4 * len(floats)), (n_in,), types.int32)
-        _columns(
+def _columns_code(storage: Any, rows: int) -> int:
+    streams = 12 if rows == 1 else 8  # rows of the weight that are read side by side
+    size, pairs = storage.bitwidth // 8, storage == types.uint16
+
+    def columns(given):
+        task = carray(given, (1,))[0]
+        n_in, n_out = task.n_in, task.n_out
+        me, threads = _thread(), _threads()
+        stride = n_out // threads // LINE * LINE + 4 * STRIP
+        counts = carray(pointer(task.scratch), (threads * LINE,), types.int64)
+        address_at = task.scratch + 8 * threads * LINE
+        part_at = address_at + 8 * (n_in + AHEAD)
+        value_at = part_at + 4 * rows * n_in
+        index_at = value_at + 4 * rows * n_in
+        sums_at = (index_at + 4 * n_in + 63) // 64 * 64 + 4 * me * rows * stride
+        weight = carray(pointer(task.weight), (n_in * n_out,), storage)
+        bias = carray(pointer(task.bias), (n_out,), storage)
+        y = carray(pointer(task.y), (rows * n_out,), storage)
+        sums = carray(pointer(sums_at), (rows * stride,), types.float32)
+        active = _gather(
             task,
-            carray(_pointer(task.x), (rows * n_in,), storage),
-            carray(_pointer(task.weight), (n_in * n_out,), storage),
-            carray(_pointer(task.tau), (n_in,), types.float32),
-            carray(_pointer(task.bias), (n_out,), storage),
-            carray(_pointer(task.y), (rows * n_out,), storage),
-            sums,
-            value,
-            index,
+            carray(pointer(task.tau), (n_in,), types.float32),
+            carray(pointer(task.x), (rows * n_in,), storage),
+            n_out * size,
             counts,
-            stride,
+            carray(pointer(index_at), (n_in,), types.int32),
+            carray(pointer(part_at), (rows * n_in,), types.float32),
+            carray(pointer(address_at), (n_in + AHEAD,), types.int64),
+            carray(pointer(value_at), (rows * n_in,), types.float32),
         )
+        # The threads share the strips; the last one takes the columns behind them as well.
+        first = n_out // STRIP * me // threads
+        strips = n_out // STRIP * (me + 1) // threads - first
+        rest = n_out % STRIP if me == threads - 1 else 0
+        offset, behind = first * STRIP * size, (first + strips) * STRIP * size
+        rest_at = sums_at + 4 * strips * STRIP
+        sums[:] = 0
+        k = 0
+        while k + streams <= active:
+            at, v = address_at + 8 * k, value_at + 4 * rows * k
+            accumulate(weight, streams, rows, LANES, at, offset, v, sums_at, 4 * stride, strips)
+            k += streams
+        while k < active:
+            at, v = address_at + 8 * k, value_at + 4 * rows * k
+            accumulate(weight, 1, rows, LANES, at, offset, v, sums_at, 4 * stride, strips)
+            k += 1
+        if rest:
+            for k in range(active):
+                at, v = address_at + 8 * k, value_at + 4 * rows * k
+                accumulate(weight, 1, rows, 1, at, behind, v, rest_at, 4 * stride, rest)
+        for r in range(rows):
+            left = first * STRIP
+            _finish(sums[r * stride :], bias[left:], task.bias != 0, y[r * n_out + left :], pairs, strips, rest)
 
     return _compile(columns)
 
 
 @cache
 def _dots_code(storage: Any) -> int:
-    def dots(pointer):
-        task = carray(pointer, (1,))[0]
+    def dots(given):
+        task = carray(given, (1,))[0]
         rows, n_in, n_out = task.rows, task.n_in, task.n_out
         _dots(
             task,
-            carray(_pointer(task.x), (rows * n_in,), storage),
-            carray(_pointer(task.weight), (n_in * n_out,), storage),
-            carray(_pointer(task.bias), (n_out,), storage),
-            carray(_pointer(task.y), (rows * n_out,), storage),
-            carray(_pointer(task.scratch), (rows * n_in,), types.float32),
+            carray(pointer(task.x), (rows * n_in,), storage),
+            carray(pointer(task.weight), (n_in * n_out,), storage),
+            carray(pointer(task.bias), (n_out,), storage),
+            carray(pointer(task.y), (rows * n_out,), storage),
+            carray(pointer(task.scratch), (rows * n_in,), types.float32),
         )
 
     return _compile(dots)
@@ -294,10 +270,10 @@ def _dots_code(storage: Any) -> int:
 
 @cache
 def _read_code() -> int:
-    def read(pointer):
-        task = carray(pointer, (1,))[0]
-        weight = carray(_pointer(task.weight), (task.n_in,), types.int64)
-        _read(task, weight, carray(_pointer(task.y), (_threads(),), types.int64))
+    def read(given):
+        task = carray(given, (1,))[0]
+        weight = carray(pointer(task.weight), (task.n_in,), types.int64)
+        _read(task, weight, carray(pointer(task.y), (_threads(),), types.int64))
 
     return _compile(read)
 
@@ -312,8 +288,11 @@ def columns(x: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) -> Te
     if tau.shape != (n_in,) or tau.dtype is not torch.float32:
         raise ValueError(f"tau is {tau.dtype} {list(tau.shape)}; float32 [{n_in}] is needed")
     y, rows, threads = _prepare(x, weight_t, bias, n_in, n_out)
-    scratch = _scratch(8 * LINE * threads + 4 * (rows * (threads * (n_out + LINE) + n_in) + n_in))
-    _run(_columns_code(STORAGE[x.dtype]), threads, x, weight_t, tau, bias, y, scratch, rows, n_in, n_out)
+    if not rows:
+        return y
+    lists = 8 * (n_in + AHEAD) + 4 * n_in * (2 * rows + 1)
+    scratch = _scratch(8 * LINE * threads + lists + 64 + 4 * rows * (n_out + threads * 4 * STRIP))
+    _run(_columns_code(STORAGE[x.dtype], rows), threads, x, weight_t, tau, bias, y, scratch, rows, n_in, n_out)
     return y
 
 

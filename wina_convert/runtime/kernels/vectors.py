@@ -1,0 +1,188 @@
+"""Pieces of the compiled CPU kernels that are written in LLVM's own terms: stored numbers, vectors, sums in registers.
+
+numba calls them as functions. What is unrolled here is known when a kernel is compiled: how many rows of x, how many rows of
+the weight at once, how many numbers in a vector.
+"""
+
+from typing import Any
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+
+def _lanes() -> int:
+    """Numbers of float32 in a vector register of this processor."""
+    features = llvmlite.binding.get_host_cpu_features()
+    return 16 if features.get("avx512f") else 8 if features.get("avx") else 4
+
+
+LANES = _lanes()
+STRIP = 2 * LANES  # columns whose sums are in registers at a time: two vectors for each row of x
+ROWS = 4  # of x whose sums fit into the registers; more take turns on weights that are in the first-level cache
+TURN = 32  # strips after which they take turns
+
+_I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+@intrinsic
+def pointer(typing_context, address):
+    """An address as a pointer."""
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], _I8.as_pointer())
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def widen(typing_context, value):
+    """A stored weight or activation as float32."""
+
+    def generate(context, builder, signature, args):
+        if value == types.uint16:
+            bits = builder.shl(builder.zext(args[0], _I32), ir.Constant(_I32, 16))
+            return builder.bitcast(bits, _F32)
+        if value == types.int16:
+            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), _F32)
+        return args[0]
+
+    return types.float32(value), generate
+
+
+@intrinsic
+def narrow(typing_context, value, like):
+    """float32 rounded to nearest even in the storage of `like`."""
+
+    def generate(context, builder, signature, args):
+        if like == types.uint16:
+            bits = builder.bitcast(args[0], _I32)
+            odd = builder.and_(builder.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
+            rounded = builder.add(builder.add(bits, ir.Constant(_I32, 0x7FFF)), odd)
+            quiet = builder.or_(bits, ir.Constant(_I32, 0x400000))
+            is_nan = builder.fcmp_unordered("uno", args[0], args[0])
+            return builder.trunc(builder.lshr(builder.select(is_nan, quiet, rounded), ir.Constant(_I32, 16)), _I16)
+        if like == types.int16:
+            return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), _I16)
+        return args[0]
+
+    return like(types.float32, like), generate
+
+
+@intrinsic(prefer_literal=True)
+def accumulate(typing_context, weight, streams, rows, lanes, address, offset, value, sums, stride, strips):
+    """sums[r] += value[k, r] * row k of the weight, for a few rows of the weight side by side and all rows of x.
+
+    Each sum is made in the order of k, with one rounding a term where the processor can: how many rows of x or of the weight
+    take part changes no bit of it. While this group is read the next one is fetched, whose addresses follow.
+
+    Args:
+        weight: an array of the stored type.
+        streams: rows of the weight, literal.
+        rows: of x, literal.
+        lanes: LANES, or 1 for the columns behind the last strip; literal.
+        address: of the addresses of the rows of the weight, 2 * streams int64.
+        offset: bytes from there to the first column.
+        value: address of value [streams, rows], float32.
+        sums: address of the first sum, float32. In a strip of bfloat16 the even columns come first, then the odd ones.
+        stride: bytes from one row of sums to the next.
+        strips: how many; columns where lanes is 1.
+    """
+    streams_, rows_, lanes_ = streams.literal_value, rows.literal_value, lanes.literal_value
+
+    def generate(context, builder, signature, args):
+        address, offset, value, sums, stride, strips = args[4:]
+        _accumulate(builder, weight.dtype, streams_, rows_, lanes_, address, offset, value, sums, stride, strips)
+        return context.get_dummy_value()
+
+    return types.void(weight, streams, rows, lanes, *[types.int64] * 6), generate
+
+
+def _accumulate(builder, storage, streams, rows, lanes, address, offset, value, sums, stride, strips):
+    row = [builder.add(_load(builder, _plus(builder, address, 8 * k), _I64, 8), offset) for k in range(2 * streams)]
+    total = [builder.add(sums, builder.mul(stride, ir.Constant(_I64, r))) for r in range(rows)]
+    width = (4 if storage == types.float32 else 2) * (1 if lanes == 1 else 2 * lanes)  # bytes of a strip
+    fused = f"llvm.fmuladd.{'f32' if lanes == 1 else f'v{lanes}f32'}"
+    number = _vector(lanes)
+    fused = cgutils.get_or_insert_function(builder.module, ir.FunctionType(number, [number] * 3), fused)
+    turn = ir.Constant(_I64, TURN)
+    with cgutils.for_range_slice(builder, ir.Constant(_I64, 0), strips, turn, intp=_I64) as (begin, _):
+        left = builder.sub(strips, begin)
+        count = builder.select(builder.icmp_signed("<", left, turn), left, turn)
+        for first in range(0, rows, ROWS):
+            members = range(first, min(first + ROWS, rows))
+            with cgutils.for_range(builder, count, intp=_I64) as loop:
+                strip = builder.add(begin, loop.index)
+                column = builder.mul(strip, ir.Constant(_I64, width))
+                place = builder.mul(strip, ir.Constant(_I64, 4 if lanes == 1 else 8 * lanes))
+                places = {r: _halves(builder, builder.add(total[r], place), lanes) for r in members}
+                made = {r: [_load(builder, one, number, 4) for one in places[r]] for r in members}
+                for k in range(streams):
+                    if first == 0 and lanes > 1:
+                        _fetch(builder, builder.add(row[streams + k], column), width)
+                    numbers = _widened(builder, storage, builder.add(row[k], column), lanes)
+                    for r in members:
+                        factor = _spread(builder, _plus(builder, value, 4 * (k * rows + r)), lanes)
+                        made[r] = [builder.call(fused, [factor, w, s]) for w, s in zip(numbers, made[r], strict=True)]
+                for r in members:
+                    for one, sum_ in zip(places[r], made[r], strict=True):
+                        builder.store(sum_, builder.inttoptr(one, number.as_pointer())).align = 4
+
+
+def _vector(lanes: int) -> Any:
+    return _F32 if lanes == 1 else ir.VectorType(_F32, lanes)
+
+
+def _plus(builder, address, nbytes):
+    return builder.add(address, ir.Constant(_I64, nbytes)) if nbytes else address
+
+
+def _load(builder, address, of, align):
+    loaded = builder.load(builder.inttoptr(address, of.as_pointer()))
+    loaded.align = align
+    return loaded
+
+
+def _halves(builder, address, lanes):
+    """Addresses of the one or two vectors of a strip of sums."""
+    return [address] if lanes == 1 else [address, _plus(builder, address, 4 * lanes)]
+
+
+def _fetch(builder, address, nbytes):
+    """Ask for these bytes to be brought to the second-level cache; any address will do."""
+    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    for line in range(0, nbytes, 64):
+        place = builder.inttoptr(_plus(builder, address, line), _I8.as_pointer())
+        builder.call(fetch, [place, *[ir.Constant(_I32, flag) for flag in (0, 2, 1)]])
+
+
+def _spread(builder, address, lanes):
+    """A float32 in every place of a vector."""
+    loaded = _load(builder, address, _F32, 4)
+    if lanes == 1:
+        return loaded
+    nothing, first = ir.Constant(_vector(lanes), ir.Undefined), ir.Constant(_I32, 0)
+    one = builder.insert_element(nothing, loaded, first)
+    return builder.shuffle_vector(one, nothing, ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes))
+
+
+def _widened(builder, storage, address, lanes):
+    """The one or two vectors of float32 of a strip of weights."""
+    if storage == types.uint16:
+        if lanes == 1:
+            bits = builder.zext(_load(builder, address, _I16, 2), _I32)
+            return [builder.bitcast(builder.shl(bits, ir.Constant(_I32, 16)), _F32)]
+        pairs, number = ir.VectorType(_I32, lanes), _vector(lanes)
+        both = _load(builder, address, pairs, 2)
+        even = builder.shl(both, ir.Constant(pairs, [16] * lanes))
+        odd = builder.and_(both, ir.Constant(pairs, [0xFFFF0000] * lanes))
+        return [builder.bitcast(even, number), builder.bitcast(odd, number)]
+    stored = ir.HalfType() if storage == types.int16 else _F32
+    size = 2 if storage == types.int16 else 4
+    kind = stored if lanes == 1 else ir.VectorType(stored, lanes)
+    addresses = [address] if lanes == 1 else [address, _plus(builder, address, size * lanes)]
+    loaded = [_load(builder, one, kind, size) for one in addresses]
+    return [builder.fpext(one, _vector(lanes)) for one in loaded] if size == 2 else loaded
