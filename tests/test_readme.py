@@ -99,7 +99,7 @@ def test_the_python_snippets_run(wina_tiny: Path) -> None:
 def test_every_option_has_help_and_every_command_an_example() -> None:
     commands = {"wina-convert": cli.wina_convert, **cli.wina.commands}
     for name, command in commands.items():
-        text = command.get_help(click.Context(command, info_name=name))
+        text = command.get_help(click.Context(command, info_name=name, **command.context_settings))
         assert re.search(r"Examples?:\n\s+wina", text), name
         for param in command.params:
             assert isinstance(param, click.Argument) or param.help, f"{name} {param.name}"

@@ -74,7 +74,7 @@ def test_every_parameter_of_the_function_is_an_option_with_its_default_and_the_r
 
 def test_the_verb_convert_is_the_same_command():
     def described(command: click.Command) -> dict[str, Any]:
-        info = command.to_info_dict(click.Context(command))
+        info = command.to_info_dict(click.Context(command, **command.context_settings))
         info["params"] = [parameter for parameter in info["params"] if parameter["name"] != "version"]
         del info["name"]
         return info
