@@ -37,7 +37,7 @@ def test_what_runs_no_model_imports_nothing_heavy(discovery: str, source: Path, 
     shutil.copytree(converted, edited)
     Path(edited, "LICENSE").write_text("another")
     shutil.copytree(source, other)
-    edit_config(model_type="bert")(Path(other))
+    edit_config(model_type="mamba")(Path(other))
     out = str(tmp_path / "out")
     steps = [
         ["wina", 0, "inspect", folder],
