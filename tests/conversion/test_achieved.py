@@ -138,12 +138,14 @@ def test_the_report_says_what_was_done(tiny: Path, recorded: Recorded) -> None:
     assert report["source"] == {"name": "wina-lab-tiny", "revision": None}
     assert report["options"] == {
         "sparsity": 0.5,
+        "max_ppl_increase": None,
         "calibration": "bundled",
         "samples": 32,
         "seq_len": 128,
         "basis": "none",
         "scheme": "wina",
         "allocation": "uniform",
+        "tune": False,
         "batch_size": 1,
         "seed": 0,
         "dtype": "auto",

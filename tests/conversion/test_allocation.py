@@ -16,6 +16,7 @@ from support.edits import edit_block, edit_json
 from support.families import FAMILIES, make_model
 from support.folders import config_of, tensors_of, threshold_of
 from support.interrupting import interrupt_in_layer
+from wina_convert import pictures
 from wina_convert.architectures import ARCHITECTURES
 from wina_convert.conversion import plot
 from wina_convert.errors import CheckpointError, OptionError, VerificationError
@@ -210,7 +211,7 @@ def test_the_picture_of_the_sparsity_has_a_line_for_what_is_asked_of_each_kind(
 
 def test_the_pictures_have_axes_and_legends(divided: Divided, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     drawn: list[Any] = []
-    monkeypatch.setattr(plot, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(pictures, "save", lambda figure, path: drawn.append(figure))
     scores = torch.linspace(0.1, 1, 9, dtype=torch.float64)
     names = divided.report["verification"]["held_out"]["projections"]
     plot.draw_sparsity(tmp_path / "picture.png", divided.report, Budget())

@@ -106,7 +106,7 @@ def test_a_disk_that_was_large_enough_at_the_start_does_not_fill_up(
         def accepted(kilobytes: int) -> bool:
             remount(disk, f"size={kilobytes}k")
             with monkeypatch.context() as patched:
-                patched.setattr("wina_convert.conversion.pipeline.sequences", failing(CheckpointError("that far")))
+                patched.setattr("wina_convert.conversion.pipeline.staged", failing(CheckpointError("that far")))
                 return "that far" in refused(run(*command))
 
         enough = bisect.bisect(range(16000), False, key=accepted)

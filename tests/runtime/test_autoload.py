@@ -47,7 +47,7 @@ def test_a_checkpoint_loads_in_a_new_process_and_brings_in_the_runtime_alone(imp
     assert gated == json.loads((wina_tiny / "config.json").read_text())["quantization_config"]["modules"]
     assert sparsity == 0.5
     assert stderr == ""
-    ground = {"wina_convert", "wina_convert.errors", "wina_convert.architectures"}
+    ground = {"wina_convert", *(f"wina_convert.{name}" for name in ("errors", "architectures", "defaults"))}
     rooms = {name for name in imported if name.split(".")[1:2] in (["format"], ["runtime"])}
     assert set(imported) == rooms | ground
     assert "wina_convert.runtime.loader" in imported

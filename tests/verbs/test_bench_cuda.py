@@ -151,7 +151,7 @@ def test_the_command_times_a_model_and_json_holds_the_measurements(monkeypatch: 
     names = {"card", "date", "model", "read_bandwidth", "copy_bandwidth", "interleaved", "models", "products"}
     assert found.keys() == names
     assert [row["sparsity"] for row in found["models"]] == [None, 0.5]
-    assert result.stderr.splitlines()[-1].endswith(": 4 of 4 turn")
+    assert result.stderr.splitlines()[-1].startswith("Timing: 4 of 4 turns, ")
 
 
 def on_the_cpu(measure: Any) -> Any:

@@ -52,7 +52,8 @@ def test_generate_compiles_its_kernels_before_the_first_token(wina_tiny: Path, m
         GenerationMixin, "generate", lambda *args, **options: (events.append("tokens"), continued(*args, **options))[1]
     )
     generate(str(wina_tiny), "Once upon a time there was a very small house by the river", max_new_tokens=3)
-    assert events[:2] == ["compiled", "tokens"]
+    assert events[0] == "compiled"
+    assert events.count("tokens") == 1
 
 
 def test_generate_quietly_prints_the_text_alone(wina_tiny: Path):
