@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import wina_convert
-from support.families import FAMILIES, make_model, make_type
+from support.families import FAMILIES, make_model
 from support.folders import tensors_of
 from support.reference import (
     LENGTH,
@@ -224,7 +224,9 @@ def test_shards_in_and_shards_out_change_nothing(tmp_path: Path) -> None:
 
 
 def test_a_new_family_is_a_line_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dense = make_type("granite", tmp_path / "dense", residual_multiplier=0.7)
+    fields = {name: value for name, value in FAMILIES["llama"].items() if name not in ("rope_parameters", "head_dim")}
+    monkeypatch.setitem(FAMILIES, "granite", {**fields, "model_type": "granite", "residual_multiplier": 0.7})
+    dense = make_model("granite", tmp_path / "dense")
     monkeypatch.setitem(architectures.ARCHITECTURES, "granite", replace(architectures.SEPARATE))
     convert(dense, tmp_path / "gated")
     assert_dense_at_0(dense, tmp_path / "gated")

@@ -121,7 +121,7 @@ def test_a_dry_run_reads_headers_only_and_touches_nothing(hub: Hub, repository: 
 
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["convert", "dry-run"])
-@pytest.mark.parametrize("change", [{"model_type": "opt"}, {"architectures": ["BertForMaskedLM"]}])
+@pytest.mark.parametrize("change", [{"model_type": "mamba"}, {"architectures": ["BertForMaskedLM"]}])
 def test_an_unsupported_model_costs_no_download_of_weights(
     dry: tuple[str, ...], change: dict, hub: Hub, repository: Path, tmp_path: Path
 ):
