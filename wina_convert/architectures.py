@@ -62,24 +62,30 @@ class Architecture:
         mlp: projections of the feed-forward block, relative to a decoder layer.
         weighted: those of them whose inputs the code of WINA's authors weights by column norms: the ones with the keys or the
             gate in them.
-        prior: by projection, the sparsity to ask of it where the whole is asked for 50%; see `QUERY` below.
         residual: how the residual stream is read and written; or why it cannot be turned.
         values: where the values are; None: no test has turned them.
         shared: groups of them that read the same input, in the order in which a layer calls them.
         dense: linear maps of the decoder layers that are not gated, relative to a layer, each with the reason.
         outputs: the length of the tuple that a decoder layer returns; 0: it returns the hidden states alone.
+        named: what the table PRIOR does not tell of them by the last part of their names, in the same terms.
     """
 
     layers: str
     attention: tuple[str, ...]
     mlp: tuple[str, ...]
     weighted: tuple[str, ...]
-    prior: Mapping[str, float]
     residual: Residual | str
     values: Values | None
     shared: tuple[tuple[str, ...], ...] = ()
     dense: Mapping[str, str] = field(default_factory=dict)
     outputs: int = 0
+    named: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def prior(self) -> dict[str, float]:
+        """By projection, the sparsity to ask of it where the whole is asked for 50%; see `QUERY` below."""
+        names = (*self.attention, *self.mlp)
+        return {name: self.named.get(name, PRIOR.get(name.rpartition(".")[2], 0.5)) for name in names}
 
 
 LAYER_NORM = "its LayerNorms subtract the mean over the features"
@@ -92,7 +98,7 @@ POST_NORM = "its norms act with a gain for every feature on what a block adds to
 QUERY, KEY, VALUE, OUT, GATE, UP, DOWN = 0.59, 0.45, 0.345, 0.54, 0.455, 0.49, 0.55
 QKV, GATE_UP = (QUERY + KEY + VALUE) / 3, (GATE + UP) / 2
 
-# by the last part of a name, for the types of models that are not listed; a name that is not here counts as 0.5
+# by the last part of a name; one that is not here counts as 0.5
 PRIOR = {
     "q_proj": QUERY,
     "k_proj": KEY,
@@ -135,15 +141,6 @@ SEPARATE = Architecture(
     attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     mlp=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     weighted=("self_attn.k_proj", "mlp.gate_proj"),
-    prior={
-        "self_attn.q_proj": QUERY,
-        "self_attn.k_proj": KEY,
-        "self_attn.v_proj": VALUE,
-        "self_attn.o_proj": OUT,
-        "mlp.gate_proj": GATE,
-        "mlp.up_proj": UP,
-        "mlp.down_proj": DOWN,
-    },
     residual=PRE_NORM,
     values=Values("self_attn.v_proj", "self_attn.o_proj"),
     shared=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")),
@@ -155,12 +152,6 @@ FUSED = Architecture(
     attention=("self_attn.qkv_proj", "self_attn.o_proj"),
     mlp=("mlp.gate_up_proj", "mlp.down_proj"),
     weighted=("self_attn.qkv_proj", "mlp.gate_up_proj"),
-    prior={
-        "self_attn.qkv_proj": QKV,
-        "self_attn.o_proj": OUT,
-        "mlp.gate_up_proj": GATE_UP,
-        "mlp.down_proj": DOWN,
-    },
     residual=Residual(
         readers=(
             ("input_layernorm", ("self_attn.qkv_proj",)),
@@ -175,12 +166,7 @@ NEOX = Architecture(
     attention=("attention.query_key_value", "attention.dense"),
     mlp=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
     weighted=("attention.query_key_value", "mlp.dense_h_to_4h"),
-    prior={
-        "attention.query_key_value": QKV,
-        "attention.dense": OUT,
-        "mlp.dense_h_to_4h": GATE_UP,
-        "mlp.dense_4h_to_h": DOWN,
-    },
+    named={"attention.dense": OUT, "mlp.dense_h_to_4h": GATE_UP, "mlp.dense_4h_to_h": DOWN},
     residual=LAYER_NORM,
     values=Values("attention.query_key_value", "attention.dense", "interleaved"),
 )
@@ -189,7 +175,7 @@ GPT2 = Architecture(
     attention=("attn.c_attn", "attn.c_proj"),
     mlp=("mlp.c_fc", "mlp.c_proj"),
     weighted=("attn.c_attn", "mlp.c_fc"),
-    prior={"attn.c_attn": QKV, "attn.c_proj": OUT, "mlp.c_fc": GATE_UP, "mlp.c_proj": DOWN},
+    named={"attn.c_proj": OUT, "mlp.c_fc": GATE_UP, "mlp.c_proj": DOWN},
     residual=LAYER_NORM,
     values=Values("attn.c_attn", "attn.c_proj", "last"),
 )

@@ -170,7 +170,7 @@ def test_a_resumed_conversion_gives_the_same_bytes(
     layer: int, options: dict[str, Any], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = convert(str(source), tmp_path / "at-once", **options, **FAST)
-    interrupted_in_layer(layer, source, tmp_path / "out", **options)
+    interrupted_in_layer(layer, source, tmp_path / "out", **options, **FAST)
     layers = count_layers(monkeypatch)
     assert convert(str(source), tmp_path / "out", resume=True, **options, **FAST) == report
     assert len(layers) == 3 - (layer - 1)
@@ -188,7 +188,7 @@ def test_resume_after_resume_over_an_old_checkpoint(
     convert(str(source), out, sparsity=0.25, **FAST)
     before = files_of(out)
     for _ in range(2):  # a layer further each time
-        interrupted_in_layer(2, source, out, resume=True, overwrite=True)
+        interrupted_in_layer(2, source, out, resume=True, overwrite=True, **FAST)
         assert files_of(out) == before
     layers = count_layers(monkeypatch)
     convert(str(source), out, resume=True, overwrite=True, **FAST)
@@ -250,7 +250,7 @@ def test_a_shard_that_was_lost_meanwhile_is_noticed(
 ) -> None:
     """In place of tensors that were written before, there would be zeros."""
     options = {"max_shard_size": "0.1KB"}  # a shard for each of these tensors
-    interrupted_in_layer(3, source, tmp_path / "out", **options)
+    interrupted_in_layer(3, source, tmp_path / "out", **options, **FAST)
     shards = json.loads((tmp_path / HIDDEN / INDEX).read_text())["weight_map"]
     name = f"model.layers.0.mlp.down_proj.{leaf}"
     assert list(shards.values()).count(shards[name]) == 1

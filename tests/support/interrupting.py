@@ -67,7 +67,7 @@ def interrupted_in_layer(number: int, source: Path, out: Path, **options: Any) -
     with pytest.MonkeyPatch.context() as patched:
         interrupt_in_layer(patched, number)
         with pytest.raises(KeyboardInterrupt):
-            convert(str(source), out, **options, **FAST)
+            convert(str(source), out, **options)
 
 
 def count_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -85,21 +85,18 @@ def sparsity_within(
     return largest_sparsity(rises, percent, checkpoint.config.grid[-1])
 
 
-def within_report(
-    plan: ConversionPlan, feed_forward: Sequence[str], percent: float | None, at: Measurement
-) -> dict[str, Any]:
+def within_report(plan: ConversionPlan, percent: float | None, at: Measurement) -> dict[str, Any]:
     """What the search came to, for the report.
 
     Args:
         plan: of the conversion.
-        feed_forward: names of the family's feed-forward projections within a decoder layer.
         percent: what was allowed; None: nothing was searched, and nothing is reported.
         at: the measurement at the sparsity that was found.
     """
     if percent is None:
         return {}
     weights = {one.name: one.weights for one in plan.projections}
-    inside = {name: part for name, part in at.projections.items() if kind_of(name) in feed_forward}
+    inside = {name: part for name, part in at.projections.items() if kind_of(name) in plan.family.mlp}
     return {
         "max_ppl_increase": {
             "allowed": percent,

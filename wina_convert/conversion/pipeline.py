@@ -189,7 +189,7 @@ def _convert(
             config = replace(config, sparsity=most)
             write_config(folder, written, config, plan)
         proof = prove(written, plan, folder, held_out, device, at_a_time, progress, source if turn else None)
-        within = within_report(plan, plan.family.mlp, asked.max_ppl_increase, proof.held_out)
+        within = within_report(plan, asked.max_ppl_increase, proof.held_out)
         report = {
             "versions": versions,
             "source": config.source,

@@ -37,7 +37,6 @@ class ConversionPlan:
         origin: the key in the source that each was made from, but for the sentinel.
         dtype: the dtype the model computes in.
         cast: whether every floating tensor is stored in `dtype` (the user chose one).
-        layers: dotted path of the decoder layers.
         n_layers: how many there are.
         layer_bytes: the largest decoder layer of the source.
         embedding_bytes: everything outside the decoder layers.
@@ -54,7 +53,6 @@ class ConversionPlan:
     origin: Mapping[str, str]
     dtype: torch.dtype
     cast: bool
-    layers: str
     n_layers: int
     layer_bytes: int
     embedding_bytes: int
@@ -134,7 +132,6 @@ def make_plan(
         origin=origin,
         dtype=compute,
         cast=cast is not None,
-        layers=path,
         n_layers=len(layers),
         layer_bytes=max(layers.values()),
         embedding_bytes=outside,

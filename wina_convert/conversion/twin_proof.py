@@ -49,7 +49,7 @@ def check_twin(source: Source, progress: Progress) -> None:
         logits: Tensor = model(input_ids=tokens, use_cache=False).logits  # type: ignore[attr-defined]
         return logits
 
-    with progress("Trying the type of model", 3, "comparisons") as advance, torch.no_grad(), _explained(source):
+    with progress("Trying the type of model", 3, "comparison") as advance, torch.no_grad(), _explained(source):
         with tempfile.TemporaryDirectory() as folder:
             twin.save_pretrained(Path(folder, "twin"))
             small = open_source(str(Path(folder, "twin")))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import ARCHITECTURES, DENSE, PRIOR, Architecture
+from ..architectures import DENSE, Architecture
 from ..errors import SourceError, one_line
 from ..format.folder import Folder
 from ..format.names import WEIGHT
@@ -45,7 +45,7 @@ def architecture_of(folder: Folder, model: PreTrainedModel) -> Architecture:
     Raises:
         SourceError: the model cannot be gated; the message says why.
     """
-    return ARCHITECTURES.get(folder.config["model_type"]) or discover(model)
+    return folder.architecture if folder.listed else discover(model)
 
 
 def discover(model: PreTrainedModel) -> Architecture:
@@ -78,7 +78,6 @@ def discover(model: PreTrainedModel) -> Architecture:
         attention=attention,
         mlp=tuple(name for name in gated if name not in attention),
         weighted=(),
-        prior={name: PRIOR.get(name.rpartition(".")[2], 0.5) for name in gated},
         residual="no test has turned a model of its type",
         values=None,
         dense={name: reason for name, reason in names.items() if reason},

@@ -101,4 +101,4 @@ def cut(
 
 def _spread(packed: Tensor, count: int) -> Tensor:
     """So many of the sequences [N, S], or all of them, evenly."""
-    return packed[torch.linspace(0, len(packed) - 1, min(count, len(packed))).long()]
+    return packed[torch.linspace(0, len(packed) - 1, min(count, len(packed)), dtype=torch.float32).long()]

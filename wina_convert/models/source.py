@@ -128,14 +128,14 @@ def _named(folder: Path) -> tuple[str, Path, str | None]:
 
 def _open_folder(name: str, folder: Path, revision: str | None, trust_remote_code: bool) -> Source:
     text, config = read_config(folder)
-    _check_config(name, config, trust_remote_code)
+    _check_config(name, config)
     check_folder(folder)
     tensors = read_headers(folder)
     _check_tensors(name, tensors)
     return Source(name, folder, config, text, tensors, revision, trust_remote_code)
 
 
-def _check_config(name: str, config: dict[str, Any], trusted: bool = False) -> None:
+def _check_config(name: str, config: dict[str, Any]) -> None:
     """Refuse what its config.json shows cannot be converted."""
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "wina":
@@ -159,19 +159,19 @@ def _check_config(name: str, config: dict[str, Any], trusted: bool = False) -> N
     if not isinstance(model_type, str):
         raise SourceError(f"{name} has no model_type in its config.json; get the file again")
     if model_type not in ARCHITECTURES:
-        _check_type(name, model_type, config, trusted)
+        _check_type(name, model_type, config)
 
 
-def _check_type(name: str, model_type: str, config: dict[str, Any], trusted: bool) -> None:
+def _check_type(name: str, model_type: str, config: dict[str, Any]) -> None:
     """Refuse a type that no table lists where its config shows already that its structure need not be looked at."""
     if any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
         raise SourceError(f"{name} is a mixture of experts ({model_type}), which is not supported; give a dense model")
     if model_type in REFUSED:
         raise SourceError(f"{name} is of type {model_type!r}, which is not supported: {REFUSED[model_type]}")
-    if not (trusted and "auto_map" in config) and not _generates_text(model_type):
+    if not _generates_text(model_type):
         raise SourceError(
             f"{name} is of type {model_type!r}, of which the installed transformers knows no causal language model; "
-            "upgrade transformers, or pass --trust-remote-code if the model brings its own code"
+            "upgrade transformers"
         )
 
 

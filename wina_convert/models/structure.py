@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import ARCHITECTURES, Architecture
+from ..architectures import Architecture
 from ..errors import SourceError
 from ..format.folder import Folder
 from ..format.names import WEIGHT
@@ -97,7 +97,7 @@ def find_projections(
     for index, layer in enumerate(model.get_submodule(family.layers).children()):
         modules = dict(layer.named_modules())
         for short in (*family.attention, *family.mlp):
-            if short not in modules and folder.config["model_type"] not in ARCHITECTURES:
+            if short not in modules and not folder.listed:
                 continue  # layers of several kinds
             name = f"{family.layers}.{index}.{short}"
             module = modules.get(short)

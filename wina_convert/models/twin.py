@@ -32,7 +32,7 @@ _LEFT_OUT = ("architectures", "auto_map", "transformers_version", "dtype", "torc
 
 
 def layer_kinds(model: PreTrainedModel) -> list[str]:
-    """What tells the kinds of decoder layers of a model apart: the layer's type in the config, its classes and its parameters."""
+    """What tells the kinds of decoder layers of a model apart: the layer's type in the config, and the classes in it by name."""
     layers = list(model.get_submodule(decoder_layers(model)).children())
     named = getattr(model.config, "layer_types", None)
     types = named if isinstance(named, list) and len(named) == len(layers) else [""] * len(layers)
