@@ -97,8 +97,9 @@ class TurnedSource(Source):
     device: torch.device = field(kw_only=True)
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors by key, in the new basis."""
-        return read_turned(self.turn, self.basis, keys, self.device, self.dtype)
+        """Tensors by key, in the new basis, on the CPU."""
+        for key, tensor in read_turned(self.turn, self.basis, keys, self.device, self.dtype):
+            yield key, tensor.cpu()
 
     def is_stored(self, key: str) -> bool:
         """Whether the tensor is in the files as it is."""
@@ -107,7 +108,8 @@ class TurnedSource(Source):
 
 def turned_source(turn: Turn, basis: Basis, dtype: torch.dtype | None, device: torch.device) -> TurnedSource:
     """The source in its basis."""
-    return TurnedSource(**vars(turn.source), turn=turn, basis=basis, dtype=dtype, device=device)
+    placed = basis.to(device)  # once, not for every slice of every tensor
+    return TurnedSource(**vars(turn.source), turn=turn, basis=placed, dtype=dtype, device=device)
 
 
 def carried_basis(basis: Basis) -> dict[str, Tensor]:
@@ -285,7 +287,7 @@ def gather(
 
     def read(wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         for key in wanted:
-            yield key, _folded(source, fused.get(key), None, key, dtype, torch.device("cpu"))
+            yield key, _folded(source, fused.get(key), None, key, dtype, device)
 
     stream = StreamedModel(model, source.architecture, keys, source.tensors, read, device)
     picks = pick_tokens(len(tokens), tokens.shape[1], turn.effort.kept if turn.effort else 0, seed)
@@ -302,13 +304,13 @@ def gather(
 def read_turned(
     turn: Turn, basis: Basis, keys: Iterable[str], device: torch.device, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of the turned model by checkpoint key, on the CPU; what does not change is read as it is.
+    """Tensors of the turned model by checkpoint key; what does not change is read as it is, and is on the CPU.
 
     Args:
         turn: what is turned.
-        basis: the basis.
+        basis: the basis, best on the device.
         keys: of `turn.source.tensors`.
-        device: to fold on.
+        device: to fold on, and of what is folded.
         dtype: of floating-point tensors; None: the source's.
 
     Raises:
@@ -321,13 +323,13 @@ def read_turned(
 def _folded(
     source: Source, fold: Fold | None, basis: Basis | None, key: str, dtype: torch.dtype | None, device: torch.device
 ) -> Tensor:
-    """One tensor, folded; without a basis, with the gain alone."""
+    """One tensor, folded on the device; without a basis, with the gain alone."""
     spec = source.tensors[fold.copy_of if fold and fold.copy_of else key]
     dtype = dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
     if fold is None:
         ((_, tensor),) = read_tensors(source.path, [spec])
         return tensor.to(dtype)
-    made = torch.empty(spec.shape, dtype=dtype)
+    made = torch.empty(spec.shape, dtype=dtype, device=device)
     start = 0
     for part in folded_rows(source, fold, basis, spec, dtype, device):
         made[start : start + len(part)] = part
@@ -338,7 +340,7 @@ def _folded(
 def folded_rows(
     source: Source, fold: Fold, basis: Basis | None, spec: TensorSpec, dtype: torch.dtype, device: torch.device
 ) -> Iterator[Tensor]:
-    """A folded tensor in slices of rows, on the CPU; in one where outputs or values are turned."""
+    """A folded tensor in slices of rows, on the device; in one where outputs or values are turned."""
     gain = None
     if fold.gain:
         ((_, gain),) = read_tensors(source.path, [source.tensors[fold.gain]])
@@ -346,8 +348,9 @@ def folded_rows(
     whole = fold.turned == "outputs" or fold.values is not None or fold.transposed
     parts = (part for _, part in read_tensors(source.path, [spec])) if whole else read_rows(source.path, spec, SLICE)
     for part in parts:
+        part = part.to(device)
         check_finite(source, spec, part)
-        yield fold_tensor(basis or _unturned(), fold, part.to(device), gain, dtype).cpu()
+        yield fold_tensor(basis or _unturned(), fold, part, gain, dtype)
 
 
 def _unturned() -> Basis:

@@ -43,6 +43,7 @@ def check_turned(turn: Turn, basis: Basis, tokens: Tensor, device: torch.device,
     Raises:
         VerificationError: it is more than `TOLERANCE`.
     """
+    basis = basis.to(device)
     for dtype in PRECISIONS:
         error = _difference(turn, basis, tokens[:CHECKED], dtype, device, progress)
         if error <= TOLERANCE:

@@ -68,6 +68,11 @@ class Basis:
     values: Tensor
     inverses: Tensor
 
+    def to(self, device: torch.device) -> "Basis":
+        """The same on a device."""
+        residual = None if self.residual is None else self.residual.to(device)
+        return Basis(self.kind, residual, self.values.to(device), self.inverses.to(device))
+
 
 def basis_tensors(basis: Basis) -> dict[str, Tensor]:
     """A basis as named tensors, to be stored beside an unfinished conversion.

@@ -173,7 +173,7 @@ def dropped_energy(inputs: Tensor, weights: Sequence[Tensor], q: Tensor, sparsit
         with torch.no_grad():
             scores = squares * columns  # squared: in the same order
             sample = scores.flatten()[::QUANTILE_STRIDE]
-            threshold = sample.kthvalue(max(1, int(sparsity * sample.numel()))).values
+            threshold = kth_smallest(sample, max(1, int(sparsity * sample.numel())))
             dropped = (scores < threshold).to(squares.dtype)
         total = total + (columns * (squares * dropped).mean(0)).sum()
     return total
@@ -187,6 +187,11 @@ def _stack(site: Site, sites: Sequence[Site]) -> list[Tensor]:
         energy = (sample @ reader.factor.t()).square().sum(1).mean().clamp_min(1e-30)
         made.append(reader.factor * (reader.weights / total / energy).sqrt())
     return made
+
+
+def kth_smallest(values: Tensor, k: int) -> Tensor:
+    """The k-th smallest, from 1, of [n]: a scalar. On a GPU a single block selects while all of them sort, much faster."""
+    return values.sort().values[k - 1] if values.is_cuda else values.kthvalue(k).values
 
 
 def cayley(free: Tensor) -> Tensor:
