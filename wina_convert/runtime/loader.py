@@ -4,6 +4,7 @@ Imported by `autoload` once transformers' table of quantizers exists; importing 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ class WinaQuantizer(HfQuantizer):
 
     quantization_config: WinaConfig
     chosen_attention = False  # whether the caller named one, which is never replaced
+    folder: Path | None = None  # that the weights came from
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -50,6 +52,7 @@ class WinaQuantizer(HfQuantizer):
         install(model, self.quantization_config)
         if checkpoint_files:  # None where the caller passed a state dict
             check_files(model, checkpoint_files)
+            self.folder = Path(checkpoint_files[0]).parent
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from . import attention  # here, because transformers imports this module before it is complete
@@ -60,6 +63,7 @@ class WinaQuantizer(HfQuantizer):
         for module in model.modules():
             if hasattr(module, "save_pretrained"):  # a part of the model that is saved alone needs the sentinel too
                 module.hf_quantizer = self  # type: ignore[assignment]
+        model.push_to_hub = partial(push_to_hub, model)  # type: ignore[assignment]
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -76,6 +80,13 @@ class WinaQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def push_to_hub(model: Any, repo_id: str, **options: Any) -> str:
+    """Upload the checkpoint that a model was loaded from, with its card and all other files: see `wina_convert.push`."""
+    import wina_convert  # here: what uploads is not needed by a model that runs
+
+    return wina_convert.push(model, repo_id, **options)
 
 
 def accept(config: Any) -> Any:
