@@ -4,7 +4,6 @@ Imported by `autoload` once transformers' table of quantizers exists; importing 
 """
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from .grouping import group
 from .install import configure, install
 from .linear import gated_modules
 from .quantization import WinaConfig
+from .saving import own
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +63,7 @@ class WinaQuantizer(HfQuantizer):
         for module in model.modules():
             if hasattr(module, "save_pretrained"):  # a part of the model that is saved alone needs the sentinel too
                 module.hf_quantizer = self  # type: ignore[assignment]
-        model.push_to_hub = partial(push_to_hub, model)  # type: ignore[assignment]
+        own(model)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -80,13 +80,6 @@ class WinaQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def push_to_hub(model: Any, repo_id: str, **options: Any) -> str:
-    """Upload the checkpoint that a model was loaded from, with its card and all other files: see `wina_convert.push`."""
-    import wina_convert  # here: what uploads is not needed by a model that runs
-
-    return wina_convert.push(model, repo_id, **options)
 
 
 def accept(config: Any) -> Any:
