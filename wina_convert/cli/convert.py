@@ -81,7 +81,7 @@ def command(name: str) -> Command:
     out = click.Option(["--out"], required=True, type=click.Path(), help="Folder to write; must not exist.")
     options = [_option(field) for field in fields(ConversionOptions)]
     made = Command(name, callback=_convert, help=_convert.__doc__)
-    made.params = [click.Argument(["model"]), out, *options]
+    made.params = [click.Argument(["model"], metavar="MODEL", type=click.Path()), out, *options]
     return quiet_option(json_option(made))
 
 

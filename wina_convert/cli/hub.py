@@ -6,7 +6,7 @@ from .common import Command, begin, json_option, print_json, progress_of, quiet_
 
 
 @click.command("push", cls=Command)
-@click.argument("folder", metavar="DIR")
+@click.argument("folder", metavar="DIR", type=click.Path())
 @click.argument("repository", metavar="USER/NAME")
 @click.option("--private", is_flag=True, help="Make the repository private if it does not exist.")
 @click.option("--revision", help="Branch to write to, made where it does not exist, or refs/pr/N.  [default: main]")
