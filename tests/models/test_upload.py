@@ -19,6 +19,7 @@ from support.loaded import logits
 from wina_convert import load, push, set_sparsity
 from wina_convert.errors import OptionError, UploadError
 from wina_convert.models.upload import Destination, check_access
+from wina_convert.verbs.retarget import retarget
 from wina_convert.verbs.verify import verify_folder
 
 MODEL = "kilobytes in shards"  # see support/shared.py
@@ -138,13 +139,14 @@ def test_a_second_push_replaces_weights_and_nothing_of_others(hub: Hub, source: 
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(NAME)), logits(load(whole)))
 
 
-def test_a_pull_request_needs_no_right_to_write(hub: Hub, converted: Path, monkeypatch: pytest.MonkeyPatch):
-    push(converted, NAME)
+def test_a_pull_request_needs_no_right_to_write(hub: Hub, copied: Path):
+    push(copied, NAME)
     before = on_hub(hub)
     hub.uploads.accounts["hf_guest"] = Account("guest")
+    retarget(copied, 0.25)
     with pytest.raises(UploadError, match="may not write"):
-        push(converted, NAME, token="hf_guest")
-    url = push(converted, NAME, token="hf_guest", create_pr=True, commit_message="Better")
+        push(copied, NAME, token="hf_guest")
+    url = push(copied, NAME, token="hf_guest", create_pr=True, commit_message="Better")
     assert url == f"{hub.url}/{NAME}/discussions/1"
     assert on_hub(hub) == before
     assert hub.uploads.messages[-1] == "Better"
@@ -370,6 +372,7 @@ def test_a_second_run_sends_what_is_missing_and_no_more(hub: Hub, converted: Pat
     hub.requests.clear()
     succeeded(run_wina("push", converted, NAME))
     assert asked(hub, "PUT", "/lfs/") == []
+    assert len(hub.uploads.messages) == 1  # nothing has changed since
 
 
 def manifest(folder: Path) -> dict[str, dict]:
@@ -380,7 +383,11 @@ def test_a_conversion_whose_upload_breaks_is_complete_and_says_how_to_go_on(hub:
     out = tmp_path / "out"
     hub.uploads.faults.append(Fault("POST", "/commit/", 500))
     options = ("--push-to-hub", NAME, "--push-revision", "v1", "--token", TOKEN)
-    line = refused(run(source, "--out", out, *SMALLEST, *options), f"wina push {out} {NAME} --revision v1")
+    line = refused(
+        run(source, "--out", out, *SMALLEST, *options),
+        f"{out} is complete, but",
+        f"wina push {out} {NAME} --revision v1",
+    )
     assert TOKEN not in line
     verify_folder(out)
     hub.uploads.faults.clear()

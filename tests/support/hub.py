@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 from support import hub_uploads
-from support.hub_uploads import Uploads
+from support.hub_uploads import Uploads, blob_id
 
 ROUTE = re.compile(
     r"/api/models/(?P<info>[^/]+/[^/]+)(/revision/(?P<rev>[^/]+)|/tree/(?P<tree>[^/]+)(/(?P<inner>.+))?)?$"
@@ -145,7 +145,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if not path.is_file():
                 return self.refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
             data = path.read_bytes()
-            headers = {"X-Repo-Commit": commit, "ETag": f'"{_blob_id(data)}"', "Accept-Ranges": "bytes"}
+            headers = {"X-Repo-Commit": commit, "ETag": f'"{blob_id(data)}"', "Accept-Ranges": "bytes"}
             status = 200
             if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.log.byte_range or ""):
                 start, end = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
@@ -177,13 +177,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def _blob_id(data: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
 def _entry(folder: Path, path: Path) -> dict[str, Any]:
     data = path.read_bytes()
-    return {"type": "file", "path": path.relative_to(folder).as_posix(), "size": len(data), "oid": _blob_id(data)}
+    return {"type": "file", "path": path.relative_to(folder).as_posix(), "size": len(data), "oid": blob_id(data)}
 
 
 @contextmanager

@@ -75,6 +75,11 @@ class Uploads:
     messages: list[str] = field(default_factory=list)
 
 
+def blob_id(data: bytes) -> str:
+    """What git calls a file with this content."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
 def body_of(handler: Any, most: int | None = None) -> bytes:
     """The body of a request, or its first `most` bytes."""
     if "chunked" not in handler.headers.get("Transfer-Encoding", ""):
@@ -189,14 +194,14 @@ def _branch(handler: Any, hub: "Hub", repo: str, repository: "Repository", body:
 def _preupload(handler: Any, hub: "Hub", repo: str, repository: "Repository", body: bytes, rev: str) -> None:
     if rev not in repository.refs:
         return handler.refuse(404, "RevisionNotFound", f"Invalid rev id: {rev}")
-    files = [
-        {
-            "path": file["path"],
-            "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".png")) else "regular",
-            "shouldIgnore": False,
-        }
-        for file in json.loads(body)["files"]
-    ]
+    folder, files = repository.commits[repository.refs[rev]], []
+    for path in (file["path"] for file in json.loads(body)["files"]):
+        large = path.endswith((".safetensors", ".png"))
+        told = {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+        if (folder / path).is_file():
+            data = (folder / path).read_bytes()
+            told["oid"] = hashlib.sha256(data).hexdigest() if large else blob_id(data)
+        files.append(told)
     handler.send_json({"files": files})
 
 

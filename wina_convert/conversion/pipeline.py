@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..defaults import torch_defaults
+from ..errors import UploadError
 from ..fitting.thresholds import levels
 from ..format.config import WinaConfig
 from ..format.manifest import write_manifest
@@ -218,7 +219,10 @@ def _convert(
         return report
     from ..models.upload import upload
 
-    return report | {"pushed": upload(Path(out), to, progress=progress)}
+    try:
+        return report | {"pushed": upload(Path(out), to, progress=progress)}
+    except UploadError as error:
+        raise UploadError(f"{out} is complete, but {error}") from error
 
 
 def digest(tokens: Tensor) -> str:

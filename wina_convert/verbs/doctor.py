@@ -153,17 +153,21 @@ def _cpu_kernels() -> list[Kernel]:
 
 
 def _gpu_kernels(device: torch.device) -> list[Kernel]:
+    works: dict[torch.dtype, bool] = {}
+    tau = torch.zeros(64, dtype=torch.float32, device=device)
+    with warnings.catch_warnings(record=True) as said:  # it is said once for all dtypes
+        warnings.simplefilter("always")
+        for dtype in cuda.TYPES:
+            one = torch.ones(64, 64, dtype=dtype, device=device)
+            works[dtype] = cuda.products(one[:1], [one], [tau], [None]) is not None
+    reason = next((str(one.message) for one in said), "the kernel does not work on this GPU")
     kernels = []
-    for dtype in cuda.TYPES:
-        name, one = str(dtype).removeprefix("torch."), torch.ones(64, 64, dtype=dtype, device=device)
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            tau = torch.zeros(64, dtype=torch.float32, device=device)
-            works = cuda.products(one[:1], [one], [tau], [None]) is not None
-        reason = next((str(one.message) for one in said), "the kernel does not work on this GPU")
-        few = Kernel(str(device), name, f"1 to {cuda.ROWS}", "compiled kernel")
-        kernels.append(few if works else Kernel(str(device), name, few.rows, "torch operations", reason))
-        kernels.append(Kernel(str(device), name, "more", "dense product"))
+    for dtype, well in works.items():
+        place, few = (str(device), str(dtype).removeprefix("torch.")), f"1 to {cuda.ROWS}"
+        kernels.append(
+            Kernel(*place, few, "compiled kernel") if well else Kernel(*place, few, "torch operations", reason)
+        )
+        kernels.append(Kernel(*place, "more", "dense product"))
     return kernels
 
 
