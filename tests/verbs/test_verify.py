@@ -104,6 +104,14 @@ def test_a_copy_that_was_saved_again_is_told_as_such_and_a_lost_manifest_is_not(
     assert "saved again" not in refused(run_wina("verify", tmp_path / "saved"), "config.json")
 
 
+def test_a_checkpoint_that_was_saved_over_is_told_as_such(copied: Path):
+    load(copied).save_pretrained(copied)  # three weight files become one
+    (copied / "model.safetensors.index.json").unlink(missing_ok=True)
+    for options in ((), ("--accept",)):
+        line = refused(run_wina("verify", copied, "--quiet", *options), str(copied), "saved again", "other files")
+        assert "--accept" not in line
+
+
 # --- right hashes, wrong content ---
 
 

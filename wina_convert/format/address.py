@@ -4,11 +4,13 @@ import re
 
 HERE = "."  # the folder that the card is in
 
-_CALL = re.compile(r'((?:from_pretrained|wina_convert\.load)\()"[^"\n]*"(?:, (?:revision|subfolder)="[^"\n]*")*')
+_BEFORE = "PATH_OR_ID_OF_THIS_CHECKPOINT"  # what cards had there up to version 0.5.0
+
+_CALL = re.compile(rf'((?:from_pretrained|wina_convert\.load)\()"(?:{re.escape(HERE)}|{_BEFORE})"')
 
 
 def with_address(card: str, repository: str, revision: str | None = None, subfolder: str | None = None) -> str:
-    """A card whose snippets load from a place on the Hub.
+    """A card whose snippets load from a place on the Hub; calls that name another model stay.
 
     Args:
         card: the text.

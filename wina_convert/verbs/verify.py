@@ -58,7 +58,13 @@ def verify_folder(folder: str | Path, progress: Progress = silent, accept: bool 
     files = read_manifest(folder)
     present = set(files_of(folder))
     accepted = []
-    for problem, names in (("missing", set(files) - present), ("not in the manifest", present - set(files))):
+    missing, extra = set(files) - present, present - set(files)
+    if any(map(holds_weights, missing)) and any(map(holds_weights, extra)):
+        raise VerificationError(
+            f"{folder} was saved again, as save_pretrained does: its weights are in other files than the conversion wrote; "
+            "verify or push the folder that wina-convert wrote, or get it again"
+        )
+    for problem, names in (("missing", missing), ("not in the manifest", extra)):
         for name in sorted(names):
             if not accept or holds_weights(name):
                 raise VerificationError(
