@@ -1,10 +1,11 @@
 """Where the snippets of a card load the checkpoint from: its own folder as written, its repository once it is on the Hub."""
 
+import json
 import re
 
 HERE = "."  # the folder that the card is in
 
-_BEFORE = "PATH_OR_ID_OF_THIS_CHECKPOINT"  # what cards had there up to version 0.5.0
+_BEFORE = "PATH_OR_ID_OF_THIS_CHECKPOINT"  # what earlier cards had there
 
 _CALL = re.compile(rf'((?:from_pretrained|wina_convert\.load)\()"(?:{re.escape(HERE)}|{_BEFORE})"')
 
@@ -18,7 +19,7 @@ def with_address(card: str, repository: str, revision: str | None = None, subfol
         revision: branch; None: main.
         subfolder: folder of the repository; None: its top.
     """
-    place = f'"{repository}"'
-    place += f', revision="{revision}"' if revision else ""
-    place += f', subfolder="{subfolder}"' if subfolder else ""
+    place = json.dumps(repository)
+    place += f", revision={json.dumps(revision)}" if revision else ""
+    place += f", subfolder={json.dumps(subfolder)}" if subfolder else ""
     return _CALL.sub(lambda call: call[1] + place, card)
