@@ -19,14 +19,16 @@ if TYPE_CHECKING:
     from .runtime.install import set_sparsity
     from .runtime.loader import load
     from .runtime.quantization import WinaConfig
+    from .verbs.push import push
 
 __version__ = "0.5.0"
-__all__ = ["WinaConfig", "WinaError", "convert", "load", "set_sparsity"]
+__all__ = ["WinaConfig", "WinaError", "convert", "load", "push", "set_sparsity"]
 
 _LAZY = {
     "WinaConfig": "runtime.quantization",
     "convert": "conversion.pipeline",
     "load": "runtime.loader",
+    "push": "verbs.push",
     "set_sparsity": "runtime.install",
 }
 

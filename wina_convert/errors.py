@@ -42,6 +42,10 @@ class VerificationError(WinaError):
     """A written checkpoint does not do what the source does."""
 
 
+class UploadError(WinaError):
+    """A checkpoint did not get to the Hub, or may not be written there."""
+
+
 @contextmanager
 def as_checkpoint_error(where: object = "") -> Iterator[None]:
     """Within the block, what is wrong with a folder is wrong with a checkpoint: SourceError becomes CheckpointError.

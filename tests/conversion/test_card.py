@@ -4,11 +4,13 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
 from support.commands import SMALL, contents, run, succeeded
+from support.folders import tensors_of
 
 MODEL = "one layer"  # see support/shared.py
 
@@ -42,6 +44,8 @@ model-index: []
     assert data["tags"] == ["stories", "wina", "activation-sparsity"]
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
     assert "base_model" not in data  # a folder is no model of the Hub
+    (results,) = data["model-index"]  # what was measured here, not of the source
+    assert results["name"] == "source-wina"
 
 
 @pytest.mark.parametrize(
@@ -92,8 +96,46 @@ def test_a_card_shows_what_was_measured(converted: Path):
     held_out = report["verification"]["held_out"]
     assert f"| perplexity | {held_out['dense_perplexity']:.3f} | {held_out['perplexity']:.3f} |" in card.text
     assert f"| sparsity achieved | 0% | {held_out['achieved']:.2%} |" in card.text
-    assert "AutoModelForCausalLM.from_pretrained" in card.text
     assert "{" not in card.text.replace("{#", "")
+
+
+def test_the_metadata_of_a_card_holds_what_was_measured(converted: Path):
+    held_out = json.loads((converted / "wina_report.json").read_text())["verification"]["held_out"]
+    perplexity, kl = ModelCard.load(converted / "README.md").data.eval_results
+    assert (perplexity.task_type, perplexity.metric_type) == ("text-generation", "perplexity")
+    assert perplexity.metric_value == round(held_out["perplexity"], 3)
+    assert (
+        f"at {held_out['sparsity']:.1%} sparsity (dense: {held_out['dense_perplexity']:.3f})" in perplexity.metric_name
+    )
+    assert perplexity.metric_args["achieved"] == round(held_out["achieved"], 4)
+    assert (kl.metric_type, kl.metric_value) == ("kl_divergence", round(held_out["kl"], 4))
+    assert perplexity.dataset_type == "bundled"
+
+
+def test_the_metadata_of_a_card_is_what_was_written(converted: Path):
+    text = (converted / "README.md").read_text()
+    assert ModelCard(text).data.to_yaml() == text.split("---\n")[1].rstrip("\n")
+
+
+def test_the_snippets_of_a_card_run_as_pasted_in_its_folder(converted: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(converted)
+    before = contents(converted)
+    first, second = (part.split("```")[0] for part in ModelCard.load("README.md").text.split("```python\n")[1:])
+    printed: list[str] = []
+    exec(first, {"print": printed.append})
+    assert len(printed) == 1
+    assert "Once upon a time" in printed[0]
+    scope: dict[str, Any] = {}
+    exec(second, scope)
+    assert scope["model"].config.quantization_config.sparsity == 0.25
+    assert contents(converted) == before
+
+
+def test_a_card_names_the_empty_tensor_and_what_to_install(converted: Path):
+    (empty,) = (name for name, tensor in tensors_of(converted).items() if tensor.numel() == 0)
+    text = (converted / "README.md").read_text()
+    assert f"the empty tensor `{empty}` is there to stop them" in text
+    assert "Install `wina-convert` for them" in text
 
 
 def test_the_command_on_a_card_makes_the_same_checkpoint(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -213,7 +213,7 @@ def test_without_a_manifest_a_folder_is_refused(copied: Path):
 
 
 def test_what_is_no_checkpoint_does_not_verify(source: Path, tmp_path: Path):
-    refused(run_wina("verify", source, "--quiet"), str(source), MANIFEST)
+    refused(run_wina("verify", source, "--quiet"), str(source), "not a WINA checkpoint")
     refused(run_wina("verify", tmp_path / "nowhere", "--quiet"), str(tmp_path / "nowhere"))
     refused(run_wina("verify", source / "config.json", "--quiet"), "config.json")
     folder = shutil.copytree(source, tmp_path / "source")

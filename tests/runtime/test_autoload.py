@@ -11,6 +11,7 @@ from transformers import (
 from transformers.quantizers import auto
 
 import wina_convert
+from support.edits import edit_json
 from support.processes import in_new_process
 from wina_convert import WinaConfig
 from wina_convert.runtime import autoload, loader
@@ -105,11 +106,16 @@ def test_without_the_package_nothing_loads_and_the_error_says_what_to_install(mo
     model.save_pretrained(tmp_path / "shards", max_shard_size="1MB")
     AutoModel.from_pretrained(wina_tiny).save_pretrained(tmp_path / "base")
     model.model.save_pretrained(tmp_path / "part")
+    model.save_pretrained(tmp_path / "bare")
+    edit_json("config.json", lambda config: config.pop("transformers_weights"))(
+        tmp_path / "bare"
+    )  # the empty tensor is left
     converted = [str(wina_tiny), str(half)]
-    again = [str(tmp_path / name) for name in ("saved", "shards", "base", "part")]
+    again = [str(tmp_path / name) for name in ("saved", "shards", "base", "part", "bare")]
     doors = [["AutoModelForCausalLM", *converted, *again], ["AutoModel", *converted, *again]]
     doors += [["AutoModelForSequenceClassification", *converted], ["LlamaForCausalLM", *converted[:1]]]
     found, _ = in_new_process(WITHOUT, json.dumps(doors), TORCH_DEVICE_BACKEND_AUTOLOAD="0")
-    assert len(found) == 15
+    assert len(found) == 17
     assert [(door, Path(folder).name) for door, folder, error in found if error is None] == []
-    assert all("pip install wina-convert" in error for _, folder, error in found if folder in converted)
+    said = {folder for _, folder, error in found if "pip install wina-convert" in error}
+    assert said == {*converted, *again} - {str(tmp_path / "bare")}

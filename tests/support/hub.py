@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on the loopback interface, as far as a download of a model needs one."""
+"""A stand-in for the Hugging Face Hub on the loopback interface, as far as a download or an upload of a model needs one."""
 
 import hashlib
 import json
@@ -19,7 +19,12 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
-ROUTE = re.compile(r"/api/models/(?P<info>[^/]+/[^/]+)(/revision/(?P<rev>[^/]+)|/tree/(?P<tree>[^/]+))?$")
+from support import hub_uploads
+from support.hub_uploads import Uploads, blob_id
+
+ROUTE = re.compile(
+    r"/api/models/(?P<info>[^/]+/[^/]+)(/revision/(?P<rev>[^/]+)|/tree/(?P<tree>[^/]+)(/(?P<inner>.+))?)?$"
+)
 FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)$")
 
 
@@ -33,6 +38,7 @@ class Repository:
         token: the only token that opens it; None: it is public.
         gated: whether its files are refused although it can be seen.
         status: an HTTP status that every request gets; None: requests are answered.
+        private: whether it was made so by an upload.
         short: bytes that every GET of a file leaves out, while the headers keep their word to each other.
     """
 
@@ -42,6 +48,7 @@ class Repository:
     gated: bool = False
     status: int | None = None
     short: int = 0
+    private: bool = False
 
 
 @dataclass
@@ -62,6 +69,7 @@ class Hub:
     url: str
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
+    uploads: Uploads = field(default_factory=Uploads)
 
     def add(self, name: str, folder: Path, **options: Any) -> str:
         """Serve a folder as the branch main of a repository, and return the commit hash."""
@@ -92,10 +100,18 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             self.answer()
 
+        def do_POST(self) -> None:
+            self.answer()
+
+        def do_PUT(self) -> None:
+            self.answer()
+
         def answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
             self.log = Request(self.command, path, self.headers.get("Authorization"), self.headers.get("Range"))
             hub.requests.append(self.log)
+            if hub_uploads.answer(self, hub, path, urlsplit(self.path).query):
+                return
             found = ROUTE.match(path) or FILE.match(path)
             groups = found.groupdict() if found else {}
             repository = hub.repositories.get(groups.get("info") or groups.get("repo") or "")
@@ -117,7 +133,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     return self.refuse(403, "GatedRepo", "Access to this model is restricted")
                 return self.send_file(folder / groups["path"], commit, repository.short)
             files = sorted(path for path in folder.rglob("*") if path.is_file())
+            if groups.get("inner") and not (folder / groups["inner"]).is_dir():
+                return self.refuse(404, "EntryNotFound", f"{groups['inner']} does not exist on {asked}")
             if groups.get("tree"):
+                files = [path for path in files if path.is_relative_to(folder / (groups.get("inner") or ""))]
                 return self.send_json([_entry(folder, path) for path in files])
             siblings = [{"rfilename": path.relative_to(folder).as_posix()} for path in files]
             return self.send_json({"id": groups["info"], "sha": commit, "siblings": siblings, "tags": []})
@@ -126,7 +145,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if not path.is_file():
                 return self.refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
             data = path.read_bytes()
-            headers = {"X-Repo-Commit": commit, "ETag": f'"{_blob_id(data)}"', "Accept-Ranges": "bytes"}
+            headers = {"X-Repo-Commit": commit, "ETag": f'"{blob_id(data)}"', "Accept-Ranges": "bytes"}
             status = 200
             if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.log.byte_range or ""):
                 start, end = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
@@ -148,7 +167,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             for name, value in {**headers, "Content-Length": str(len(data))}.items():
                 self.send_header(name, value)
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self.log.sent = len(data)
                 self.wfile.write(data)
 
@@ -158,13 +177,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def _blob_id(data: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
 def _entry(folder: Path, path: Path) -> dict[str, Any]:
     data = path.read_bytes()
-    return {"type": "file", "path": path.relative_to(folder).as_posix(), "size": len(data), "oid": _blob_id(data)}
+    return {"type": "file", "path": path.relative_to(folder).as_posix(), "size": len(data), "oid": blob_id(data)}
 
 
 @contextmanager
@@ -195,7 +210,7 @@ def use_endpoint(url: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-    monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(home / "harnesses"))
+    monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(home / "harnesses"), raising=False)  # not in 1.5
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(home / "stored_tokens"))
     # the functions of the package's top level are methods of this object

@@ -74,6 +74,20 @@ def test_retarget_does_not_bless_other_damage(copied: Path):
         verify_folder(copied)
 
 
+def test_the_card_says_how_to_reproduce_a_retargeted_checkpoint(copied: Path):
+    (before,) = (line for line in card(copied) if line.startswith("`wina-convert"))
+    for sparsity in (0.25, 1 / 3):
+        retarget(copied, sparsity)
+        (line,) = (line for line in card(copied) if line.startswith("`wina-convert"))
+        assert line == before.replace("` with", f"`, then `wina retarget DIR --sparsity {sparsity}` with")
+    retarget(copied, 0.5)
+    assert before in card(copied)
+
+
+def card(folder: Path) -> list[str]:
+    return (folder / "README.md").read_text().splitlines()
+
+
 def first(name: str, value: Any) -> Callable[[dict[str, Any]], object]:
     """A field in front of all others."""
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from support.commands import contents, refused, run_wina, succeeded
 from support.edits import Change, edit_block, edit_config, edit_json, edit_tensor, edit_tensors
-from support.folders import entries
+from support.folders import config_of, entries
+from wina_convert import load
 from wina_convert.errors import WinaError
 from wina_convert.format.manifest import write_manifest
 from wina_convert.verbs.verify import verify_folder
@@ -89,6 +90,26 @@ def test_what_is_damaged_is_not_accepted(damage: Change, copied: Path):
     line = refused(run_wina("verify", copied, "--accept", "--quiet"))
     assert "--accept" not in line
     assert contents(copied) == before
+
+
+def test_a_copy_that_was_saved_again_is_told_as_such_and_a_lost_manifest_is_not(copied: Path, tmp_path: Path):
+    load(copied).save_pretrained(tmp_path / "saved")
+    line = refused(run_wina("verify", tmp_path / "saved"), "saved again", "save_pretrained", "wina-convert wrote")
+    assert f"a WINA checkpoint of {config_of(copied)['quantization_config']['source']['name']}" in line
+    (copied / "wina_manifest.json").unlink()
+    assert "saved again" not in refused(
+        run_wina("verify", copied), str(copied), "no wina_manifest.json", "get it again"
+    )
+    (tmp_path / "saved" / "config.json").unlink()
+    assert "saved again" not in refused(run_wina("verify", tmp_path / "saved"), "config.json")
+
+
+def test_a_checkpoint_that_was_saved_over_is_told_as_such(copied: Path):
+    load(copied).save_pretrained(copied)  # three weight files become one
+    (copied / "model.safetensors.index.json").unlink(missing_ok=True)
+    for options in ((), ("--accept",)):
+        line = refused(run_wina("verify", copied, "--quiet", *options), str(copied), "saved again", "other files")
+        assert "--accept" not in line
 
 
 # --- right hashes, wrong content ---

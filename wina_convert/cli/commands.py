@@ -23,6 +23,8 @@ from .common import (
     version_option,
 )
 from .convert import command
+from .doctor import doctor_command
+from .hub import push_command
 from .text import bench_text, card_text, table
 
 TOY = 20_000_000  # parameters below which a model is for trying things out
@@ -35,10 +37,12 @@ def wina() -> None:
 
 
 wina.add_command(command("convert"))
+wina.add_command(push_command)
+wina.add_command(doctor_command)
 
 
 @wina.command("inspect")
-@click.argument("folder", metavar="DIR")
+@click.argument("folder", metavar="DIR", type=click.Path())
 @hub_options
 @quiet_option
 @json_option
@@ -82,7 +86,7 @@ def inspect_command(folder: str, revision: str | None, token: str | None, quiet:
 
 
 @wina.command("eval")
-@click.argument("folders", metavar="DIR...", nargs=-1, required=True)
+@click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=click.Path())
 @click.option(
     "--text", "texts", multiple=True, required=True, help="Text file or dataset, as for --calibration; repeat for more."
 )
@@ -150,7 +154,7 @@ def eval_command(
 
 
 @wina.command("generate")
-@click.argument("folder", metavar="DIR")
+@click.argument("folder", metavar="DIR", type=click.Path())
 @click.option(
     "--prompt", required=True, help="The text to continue, or to answer where the tokenizer has a chat template."
 )
@@ -217,7 +221,7 @@ def generate_command(
 
 
 @wina.command("verify")
-@click.argument("folder", metavar="DIR")
+@click.argument("folder", metavar="DIR", type=click.Path())
 @click.option("--accept", is_flag=True, help="Sign files beside the weights as they are now.")
 @quiet_option
 @json_option
@@ -242,7 +246,7 @@ def verify_command(folder: str, accept: bool, quiet: bool, as_json: bool) -> Non
 
 
 @wina.command("retarget")
-@click.argument("folder", metavar="DIR")
+@click.argument("folder", metavar="DIR", type=click.Path())
 @click.option("--sparsity", type=float, required=True, help="The new default, 0 to 0.95.")
 @quiet_option
 @json_option
@@ -264,7 +268,7 @@ def retarget_command(folder: str, sparsity: float, quiet: bool, as_json: bool) -
 
 
 @wina.command("bench")
-@click.argument("folder", metavar="[DIR]", required=False)
+@click.argument("folder", metavar="[DIR]", required=False, type=click.Path())
 @click.option("--random", metavar="SIZE", help="Instead of DIR, a Llama shape with random weights: 1b, 3b or 8b.")
 @click.option("--kernels", is_flag=True, help="Time single products instead of a model.")
 @click.option(

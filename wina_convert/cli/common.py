@@ -138,6 +138,14 @@ def download_bar(quiet: bool) -> type[Any]:
     return DownloadBar
 
 
+def upload_bars(quiet: bool) -> None:
+    """Let huggingface_hub show its bars of an upload on a terminal only."""
+    if quiet or not sys.stderr.isatty():
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
+
+
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress and no summary; errors only.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")

@@ -18,6 +18,7 @@ from .common import (
     quiet_option,
     quiet_transformers,
     split,
+    upload_bars,
     version_option,
 )
 from .text import plan_text, report_text
@@ -56,11 +57,14 @@ def _convert(out: str, quiet: bool, as_json: bool, dry_run: bool, **options: Any
       wina-convert meta-llama/Llama-3-8B --out ./llama-wina
       wina-convert ./my-model --out ./my-model-wina --sparsity 0.4 --calibration notes.txt
       wina-convert ./my-model --out ./my-model-wina --targets mlp --dry-run
+      wina-convert ./my-model --out ./my-model-wina --push-to-hub me/my-model-wina
     """
     begin(quiet, f"Reading {options['model']}")
     from ..conversion.pipeline import convert
 
     quiet_transformers()
+    if options["push_to_hub"]:
+        upload_bars(quiet)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     start = time.perf_counter()
     report = convert(out=out, dry_run=dry_run, progress=progress_of(quiet), tqdm_class=download_bar(quiet), **options)
@@ -77,7 +81,7 @@ def command(name: str) -> Command:
     out = click.Option(["--out"], required=True, type=click.Path(), help="Folder to write; must not exist.")
     options = [_option(field) for field in fields(ConversionOptions)]
     made = Command(name, callback=_convert, help=_convert.__doc__)
-    made.params = [click.Argument(["model"]), out, *options]
+    made.params = [click.Argument(["model"], metavar="MODEL", type=click.Path()), out, *options]
     return quiet_option(json_option(made))
 
 

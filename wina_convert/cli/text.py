@@ -29,6 +29,7 @@ def report_text(report: dict[str, Any], out: str, seconds: float) -> str:
             calibration_text(report["calibration"] | {"asked": report["options"]["samples"]}),
             *unused_text(report["unused"]),
             *within_text(report["verification"].get("max_ppl_increase")),
+            *([f"Uploaded to {report['pushed']}"] if "pushed" in report else []),
             f'Try it: wina generate {out} --prompt "Once upon a time"',
         ]
     )

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..format.address import HERE
 from ..format.default import default_line
 from ..format.names import CARD
+from ..format.shards import read_headers
 from ..models.source import Source
 
 TAGS = ("wina", "activation-sparsity")
@@ -36,7 +38,16 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```
 
 Another sparsity, from 0 (the dense model) to 0.95, without converting again:
-`wina_convert.load("{here}", sparsity=0.4)`.
+
+```python
+import wina_convert
+
+model = wina_convert.load("{here}", sparsity=0.4)
+wina_convert.set_sparsity(model, 0.25)  # in place
+```
+
+Programs that do not know the format refuse it: the empty tensor `{sentinel}` is there to stop them,
+where they would fill the gated projections with random numbers. Install `wina-convert` for them.
 
 ## Measured
 
@@ -118,6 +129,7 @@ def write_card(folder: Path, source: Source, report: dict[str, Any], pictures: M
         pictures: files of the folder with what they show.
     """
     kept = source_metadata(source)
+    title = f"{source.name.rpartition('/')[2]}-wina"
     on_hub = source.revision is not None
     data = ModelCardData(
         base_model="/".join(source.name.split("/")[:2]) if on_hub else None,  # without a subfolder
@@ -125,6 +137,8 @@ def write_card(folder: Path, source: Source, report: dict[str, Any], pictures: M
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys([*kept.pop("tags", []), *TAGS])),
+        model_name=title,
+        eval_results=_results(report),
         **kept,
     )
     options, calibration = report["options"], report["calibration"]
@@ -136,10 +150,11 @@ def write_card(folder: Path, source: Source, report: dict[str, Any], pictures: M
         default=default_line(held_out["sparsity"], reads["dense"], reads["gated"]),
         basis=UNCHANGED if report["basis"]["kind"] == "none" else TURNED,
         tuned=_tuned(report.get("tuning")),
-        title=f"{source.name.rpartition('/')[2]}-wina",
+        title=title,
         base=source.name,
         link=_address(source) if on_hub else ".",
-        here="PATH_OR_ID_OF_THIS_CHECKPOINT",
+        here=HERE,
+        sentinel=next(name for name, spec in read_headers(folder).items() if spec.shape == (0,)),
         sequences=verification["sequences"],
         length=calibration["seq_len"],
         calibration=calibration["text"],
@@ -160,6 +175,38 @@ def write_card(folder: Path, source: Source, report: dict[str, Any], pictures: M
         transformers=report["versions"]["transformers"],
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(folder / CARD)
+
+
+def _results(report: dict[str, Any]) -> list[EvalResult]:
+    """What was measured at conversion, as the Hub lists it beside a model; calibration text of a Hub dataset by its id."""
+    held_out, text = report["verification"]["held_out"], report["calibration"]["text"]
+    common: dict[str, Any] = {
+        "task_type": "text-generation",
+        "task_name": "Text generation",
+        "dataset_type": text.partition(":")[0],
+        "dataset_name": f"{text}, sequences that no threshold was fitted on",
+        "metric_args": {
+            "sparsity": held_out["sparsity"],
+            "achieved": round(held_out["achieved"], 4),
+            "sequences": report["verification"]["sequences"],
+            "tokens": report["calibration"]["seq_len"],
+        },
+    }
+    at = f"at {held_out['sparsity']:.1%} sparsity"
+    return [
+        EvalResult(
+            metric_type="perplexity",
+            metric_name=f"Perplexity {at} (dense: {held_out['dense_perplexity']:.3f})",
+            metric_value=round(held_out["perplexity"], 3),
+            **common,
+        ),
+        EvalResult(
+            metric_type="kl_divergence",
+            metric_name=f"KL to the dense model {at}, nats a token",
+            metric_value=round(held_out["kl"], 4),
+            **common,
+        ),
+    ]
 
 
 def _tuned(tuning: dict[str, Any] | None) -> str:

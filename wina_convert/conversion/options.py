@@ -98,6 +98,11 @@ class ConversionOptions:
     )
     dry_run: bool = _option(False, RUN, "Print the plan, time and disk expected, and touch nothing.")
     plot: bool = _option(False, IDENTITY, "Also write PNG pictures (needs the extra 'plot').")
+    push_to_hub: str | None = _option(
+        None, RUN, "Also upload the checkpoint to this repository, USER/NAME. Whether the token may is checked first."
+    )
+    push_revision: str | None = _option(None, RUN, "Branch to upload to, made where it does not exist.", shown="main")
+    private: bool = _option(False, RUN, "Make the repository private if it does not exist.")
     revision: str | None = _option(None, RUN, "Branch, tag or commit on the Hub.")
     token: str | None = _option(None, RUN, "Hub access token.", shown="that of `hf auth login`")
     trust_remote_code: bool = _option(False, RUN, "Allow the model's own Python code. Off by default.")
@@ -119,6 +124,8 @@ class ConversionOptions:
         for name, count in (("samples", self.samples), ("batch size", self.batch_size)):
             if count < 1:
                 raise OptionError(f"{name} is {count}; give at least 1")
+        if not self.push_to_hub and (self.private or self.push_revision):
+            raise OptionError("private and push revision say how to upload; give push to hub as well")
         if not 0 <= self.seed < 2**63:
             raise OptionError(f"seed is {self.seed}; give 0 to {2**63 - 1}")
 

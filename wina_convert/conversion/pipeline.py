@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..defaults import torch_defaults
+from ..errors import UploadError
 from ..fitting.thresholds import levels
 from ..format.config import WinaConfig
 from ..format.manifest import write_manifest
@@ -54,10 +55,11 @@ def convert(
         tqdm_class: progress bar for downloads.
 
     Returns:
-        the report, as in wina_report.json; for a dry run, the plan.
+        the report, as in wina_report.json, and the URL as `pushed` where it was uploaded; for a dry run, the plan.
 
     Raises:
-        WinaError: whatever stands in the way; nothing is written then.
+        UploadError: the upload broke off after the conversion: the checkpoint is complete, `push` sends what is missing.
+        WinaError: whatever else stands in the way; nothing is written then.
     """
     asked = ConversionOptions(**options)
     fetched = asked.dry_run and not Path(model).exists()
@@ -79,6 +81,12 @@ def _convert(
     if asked.plot:
         check_available()
     check_target(Path(out), model, asked.overwrite)
+    to = None
+    if asked.push_to_hub:
+        from ..models.upload import Destination, check_access  # here: it takes a while, and few need it
+
+        to = Destination(asked.push_to_hub, asked.push_revision, asked.private or None, token=asked.token)
+        check_access(to)  # hours before it is needed
     found_source = open_source(
         model, asked.revision, asked.token, asked.trust_remote_code, scratch, tqdm_class, progress
     )
@@ -207,7 +215,14 @@ def _convert(
         if asked.plot:
             pictures.draw_conversion(folder, report, curves, plan.budget)
         write_manifest(folder)
-    return report
+    if to is None:
+        return report
+    from ..models.upload import upload
+
+    try:
+        return report | {"pushed": upload(Path(out), to, progress=progress)}
+    except UploadError as error:
+        raise UploadError(f"{out} is complete, but {error}") from error
 
 
 def digest(tokens: Tensor) -> str:

@@ -24,6 +24,11 @@ INSTALL = "pip install wina-convert"
 _LAYER = re.compile(r"(.+?)\.(\d{1,9})\.(.+)")
 
 
+def holds_weights(name: str) -> bool:
+    """Whether a file is weights or says where they are: nobody edits those."""
+    return name.endswith((".safetensors", ".safetensors.index.json"))
+
+
 def split_layer(name: str) -> tuple[str, int, str] | None:
     """A module's name as the path of the decoder layers, the layer's index and the module's name within the layer.
 

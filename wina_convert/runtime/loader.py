@@ -21,6 +21,7 @@ from .grouping import group
 from .install import configure, install
 from .linear import gated_modules
 from .quantization import WinaConfig
+from .saving import own
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +32,7 @@ class WinaQuantizer(HfQuantizer):
 
     quantization_config: WinaConfig
     chosen_attention = False  # whether the caller named one, which is never replaced
+    folder: Path | None = None  # that the weights came from
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -50,6 +52,7 @@ class WinaQuantizer(HfQuantizer):
         install(model, self.quantization_config)
         if checkpoint_files:  # None where the caller passed a state dict
             check_files(model, checkpoint_files)
+            self.folder = Path(checkpoint_files[0]).parent
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from . import attention  # here, because transformers imports this module before it is complete
@@ -60,6 +63,7 @@ class WinaQuantizer(HfQuantizer):
         for module in model.modules():
             if hasattr(module, "save_pretrained"):  # a part of the model that is saved alone needs the sentinel too
                 module.hf_quantizer = self  # type: ignore[assignment]
+        own(model)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -27,10 +27,8 @@ def retarget(folder: str | Path, sparsity: float) -> None:
         OptionError: the sparsity is outside [0, 0.95].
         CheckpointError: the folder is not a WINA checkpoint or cannot be written.
     """
-    folder, sparsity = Path(folder), check_sparsity(sparsity)
-    checkpoint = open_checkpoint(folder)
-    replace(checkpoint.config, sparsity=sparsity)  # checks it against the grid
-    files = {CONFIG: _retargeted(checkpoint.folder.config_text, sparsity).encode(), **_described(checkpoint, sparsity)}
+    folder = Path(folder)
+    files = retargeted(folder, sparsity)
     if (folder / MANIFEST).exists():  # else another program saved the checkpoint
         files = {MANIFEST: renewed_manifest(folder, files), **files}
     before = {name: (folder / name).read_bytes() for name in files}
@@ -43,6 +41,20 @@ def retarget(folder: str | Path, sparsity: float) -> None:
         for name in written:
             _write(folder / name, before[name])
         raise
+
+
+def retargeted(folder: Path, sparsity: float) -> dict[str, bytes]:
+    """What config.json, report and card of a checkpoint become for another default, by name; nothing is written.
+
+    Raises:
+        OptionError: the sparsity is outside [0, 0.95].
+        CheckpointError: the folder is not a WINA checkpoint.
+    """
+    sparsity = check_sparsity(sparsity)
+    checkpoint = open_checkpoint(folder)
+    replace(checkpoint.config, sparsity=sparsity)  # checks it against the grid
+    config = _retargeted(checkpoint.folder.config_text, sparsity)
+    return {CONFIG: config.encode(), **_described(checkpoint, sparsity)}
 
 
 def _described(checkpoint: Checkpoint, sparsity: float) -> dict[str, bytes]:
@@ -59,11 +71,12 @@ def _described(checkpoint: Checkpoint, sparsity: float) -> dict[str, bytes]:
         reads = report["bytes_per_token"]
         reads["gated"] = reads["dense"] - skipped
         line = default_line(sparsity, reads["dense"], reads["gated"])
+        converted = float(report["verification"]["held_out"]["sparsity"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
     files = {REPORT: (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode()}
     with suppress(OSError, ValueError):
-        files[CARD] = with_default((folder / CARD).read_bytes().decode(), line).encode()
+        files[CARD] = with_default((folder / CARD).read_bytes().decode(), line, sparsity, converted).encode()
     return files
 
 

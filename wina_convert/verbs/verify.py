@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from ..defaults import torch_defaults
-from ..errors import VerificationError, as_checkpoint_error
+from ..errors import CheckpointError, VerificationError, as_checkpoint_error
 from ..fitting.budget import Budget, budget_of
 from ..fitting.schemes import Scheme, scheme_of
 from ..format.checkpoint import Checkpoint, open_checkpoint
 from ..format.curve import starts_at_zero
 from ..format.manifest import entry, files_of, read_manifest, write_manifest
-from ..format.names import BIASES, COLUMN_NORMS, REPORT, WEIGHT_T
+from ..format.names import BIASES, COLUMN_NORMS, MANIFEST, REPORT, WEIGHT_T, holds_weights
 from ..format.trust import check_folder
 from ..progress import Progress, silent
 
@@ -53,12 +53,20 @@ def verify_folder(folder: str | Path, progress: Progress = silent, accept: bool 
     folder = Path(folder)
     with as_checkpoint_error():
         check_folder(folder, hidden=True)
+    if not (folder / MANIFEST).exists():
+        raise _unsigned(folder)
     files = read_manifest(folder)
     present = set(files_of(folder))
     accepted = []
-    for problem, names in (("missing", set(files) - present), ("not in the manifest", present - set(files))):
+    missing, extra = set(files) - present, present - set(files)
+    if any(map(holds_weights, missing)) and any(map(holds_weights, extra)):
+        raise VerificationError(
+            f"{folder} was saved again, as save_pretrained does: its weights are in other files than the conversion wrote; "
+            "verify or push the folder that wina-convert wrote, or get it again"
+        )
+    for problem, names in (("missing", missing), ("not in the manifest", extra)):
         for name in sorted(names):
-            if not accept or _holds_weights(name):
+            if not accept or holds_weights(name):
                 raise VerificationError(
                     f"{folder}: {name!r} is {problem} ({len(names)} such files); {_remedy(folder, name)}"
                 )
@@ -66,7 +74,7 @@ def verify_folder(folder: str | Path, progress: Progress = silent, accept: bool 
     with progress("Verifying files", sum(int(one["size"]) for one in files.values()), "B") as advance:
         for name, recorded in files.items():
             if name in present and entry(folder / name) != recorded:
-                if not accept or _holds_weights(name):
+                if not accept or holds_weights(name):
                     raise VerificationError(
                         f"{folder / name} was changed since the conversion; {_remedy(folder, name)}"
                     )
@@ -100,14 +108,22 @@ def verify_folder(folder: str | Path, progress: Progress = silent, accept: bool 
     return Verified(len(read_manifest(folder)), tuple(sorted(accepted)))
 
 
-def _holds_weights(name: str) -> bool:
-    """Whether a file is weights or says where they are: nobody edits those."""
-    return name.endswith((".safetensors", ".safetensors.index.json"))
+def _unsigned(folder: Path) -> CheckpointError:
+    """What a folder without a manifest is, and what to do; raises what is wrong with it where it is no checkpoint."""
+    config = open_checkpoint(folder).config
+    if (folder / REPORT).exists():
+        return CheckpointError(f"{folder} has no {MANIFEST} any more; get it again, or convert again")
+    name = config.source.get("name")
+    return CheckpointError(
+        f"{folder} is a copy that was saved again, as save_pretrained does: a WINA checkpoint"
+        f"{f' of {name}' if isinstance(name, str) else ''} that loads, without the {MANIFEST} to hold it against; verify or push "
+        "the folder that wina-convert wrote, or convert again"
+    )
 
 
 def _remedy(folder: Path, name: str) -> str:
     """What to do about a file that is not as the manifest says."""
-    if _holds_weights(name):
+    if holds_weights(name):
         return "get it again: it holds weights, so it is damaged"
     return f"get it again, or run `wina verify {folder} --accept` if it is meant to be so"
 

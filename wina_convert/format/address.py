@@ -1,0 +1,25 @@
+"""Where the snippets of a card load the checkpoint from: its own folder as written, its repository once it is on the Hub."""
+
+import json
+import re
+
+HERE = "."  # the folder that the card is in
+
+_BEFORE = "PATH_OR_ID_OF_THIS_CHECKPOINT"  # what earlier cards had there
+
+_CALL = re.compile(rf'((?:from_pretrained|wina_convert\.load)\()"(?:{re.escape(HERE)}|{_BEFORE})"')
+
+
+def with_address(card: str, repository: str, revision: str | None = None, subfolder: str | None = None) -> str:
+    """A card whose snippets load from a place on the Hub; calls that name another model stay.
+
+    Args:
+        card: the text.
+        repository: the Hub id.
+        revision: branch; None: main.
+        subfolder: folder of the repository; None: its top.
+    """
+    place = json.dumps(repository)
+    place += f", revision={json.dumps(revision)}" if revision else ""
+    place += f", subfolder={json.dumps(subfolder)}" if subfolder else ""
+    return _CALL.sub(lambda call: call[1] + place, card)
