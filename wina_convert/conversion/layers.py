@@ -29,7 +29,7 @@ def stream_of(source: Source, plan: ConversionPlan, config: WinaConfig, device: 
 
     def read(keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         for key in dict.fromkeys(plan.origin[key] for key in keys):
-            yield from stored_tensors(source, plan.steps, [key]).items()
+            yield from stored_tensors(source, plan.steps, [key], device).items()
 
     return gated_stream(source, config, plan.dtype, plan.tensors, read, device)
 
@@ -68,7 +68,7 @@ def write_layers(
     if staging.begun is None:
         with progress("Writing embeddings", sum(source.tensors[key].nbytes for key in outside), "B") as advance:
             for key in outside:
-                shards.write(stored_tensors(source, plan.steps, [key]))
+                shards.write(stored_tensors(source, plan.steps, [key], device))
                 advance(source.tensors[key].nbytes)
             shards.write({plan.sentinel: sentinel()})
         states = {level: list(embedded) for level in config.calibration["levels"]}
@@ -83,7 +83,7 @@ def write_layers(
         advance(done)
         by_layer_done = grouped(advance, len(tokens) * len(config.calibration["levels"]))
         for index, keys in enumerate(by_layer[done:], done):
-            tensors = stored_tensors(source, plan.steps, dict.fromkeys(plan.origin[key] for key in keys))
+            tensors = stored_tensors(source, plan.steps, dict.fromkeys(plan.origin[key] for key in keys), device)
             shards.write(tensors)
             curves = {
                 key: torch.zeros(len(GRID), dtype=torch.float32, device="cpu")

@@ -77,7 +77,7 @@ def prove(
     checkpoint = open_checkpoint(folder)
     with progress("Verifying tensors", len(source.tensors), "tensor") as advance:
         for key in source.tensors:
-            _check_tensor(source, plan, checkpoint, key)
+            _check_tensor(source, plan, checkpoint, key, device)
             advance(1)
     expected = {spec.name: (spec.dtype, spec.shape) for spec in plan.tensors}
     found = {spec.name: (spec.dtype, spec.shape) for spec in checkpoint.folder.tensors.values()}
@@ -110,14 +110,14 @@ def prove(
     return Proof(len(source.tensors), at_default_sparsity, parity.logit_error, at_default)
 
 
-def _check_tensor(source: Source, plan: ConversionPlan, checkpoint: Checkpoint, key: str) -> None:
+def _check_tensor(source: Source, plan: ConversionPlan, checkpoint: Checkpoint, key: str, device: torch.device) -> None:
     """What was written for one tensor of the source, bit for bit against what is made of it again."""
     written = checkpoint.folder.tensors
     names = [spec.name for spec in planned_headers(plan.steps, source.tensors[key])]
     if names != [key] or not source.is_stored(key):
-        for name, tensor in stored_tensors(source, plan.steps, [key]).items():
+        for name, tensor in stored_tensors(source, plan.steps, [key], device).items():
             read = dict(checkpoint.read([name]))[name]
-            if not _same(tensor, read):
+            if not _same(tensor, read.to(device)):
                 raise VerificationError(f"tensor {name!r} reads back differently; the disk or memory may be faulty")
         return
     if key not in written:

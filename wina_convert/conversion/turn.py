@@ -97,9 +97,8 @@ class TurnedSource(Source):
     device: torch.device = field(kw_only=True)
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors by key, in the new basis, on the CPU."""
-        for key, tensor in read_turned(self.turn, self.basis, keys, self.device, self.dtype):
-            yield key, tensor.cpu()
+        """Tensors by key, in the new basis; what was folded is on the device."""
+        return read_turned(self.turn, self.basis, keys, self.device, self.dtype)
 
     def is_stored(self, key: str) -> bool:
         """Whether the tensor is in the files as it is."""

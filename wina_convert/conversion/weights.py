@@ -121,19 +121,23 @@ def planned_headers(steps: Sequence[Step], spec: TensorSpec) -> list[TensorSpec]
     return specs
 
 
-def stored_tensors(source: Folder, steps: Sequence[Step], keys: Iterable[str]) -> dict[str, Tensor]:
+def stored_tensors(
+    source: Folder, steps: Sequence[Step], keys: Iterable[str], device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
     """Tensors of the checkpoint made from these of the source, thresholds aside.
 
     Args:
         source: the checkpoint to convert.
         steps: what is done to each.
         keys: keys of the source.
+        device: to make them on; they stay there.
 
     Raises:
         SourceError: a tensor holds NaN or infinity, or cannot be read.
     """
     made: dict[str, Tensor] = {}
-    for key, tensor in source.read(keys):
+    for key, read in source.read(keys):
+        tensor = read.to(device)
         check_finite(source, source.tensors[key], tensor)
         tensors = {key: tensor}
         for step in steps:

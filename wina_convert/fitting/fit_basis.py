@@ -6,7 +6,8 @@ rule rests on (arXiv 2505.19427, section 3), over everything that reads the stre
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -110,7 +111,8 @@ def fit_basis(start: Tensor, sites: Sequence[Site], effort: Effort, seed: int, p
     """Turn a basis so that what a threshold drops is small.
 
     Adam on a free matrix P, of which Cayley's map of P - P' makes a rotation, from P = 0. A step looks at a few of the norms,
-    all of them in turn, and at a run of tokens of each. In float32; the last map in float64.
+    all of them in turn, and at a run of tokens of each. In float32, of which tensor cores round a step's products, for a step has
+    more noise than that; the last map in float64.
 
     Args:
         start: [hidden, hidden], float64, orthogonal.
@@ -127,7 +129,8 @@ def fit_basis(start: Tensor, sites: Sequence[Site], effort: Effort, seed: int, p
     optimiser = torch.optim.Adam([free], lr=RATE)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    with progress("Fitting the basis", effort.steps, "step") as advance:
+    tensor_cores = _tensor_cores() if start.is_cuda else nullcontext()
+    with tensor_cores, progress("Fitting the basis", effort.steps, "step") as advance:
         for step in range(effort.steps):
             decay = LAST + (1 - LAST) * 0.5 * (1 + math.cos(math.pi * step / effort.steps))
             optimiser.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / WARM_UP) * decay
@@ -187,6 +190,17 @@ def _stack(site: Site, sites: Sequence[Site]) -> list[Tensor]:
         energy = (sample @ reader.factor.t()).square().sum(1).mean().clamp_min(1e-30)
         made.append(reader.factor * (reader.weights / total / energy).sqrt())
     return made
+
+
+@contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """Float32 products within the block may round their factors to TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def kth_smallest(values: Tensor, k: int) -> Tensor:
