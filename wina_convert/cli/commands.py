@@ -23,6 +23,7 @@ from .common import (
     version_option,
 )
 from .convert import command
+from .export import export_command
 from .text import bench_text, card_text, table
 
 TOY = 20_000_000  # parameters below which a model is for trying things out
@@ -35,6 +36,7 @@ def wina() -> None:
 
 
 wina.add_command(command("convert"))
+wina.add_command(export_command)
 
 
 @wina.command("inspect")

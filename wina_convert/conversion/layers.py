@@ -14,13 +14,13 @@ from ..format.grid import GRID
 from ..format.names import THRESHOLDS
 from ..format.shard_writer import ShardWriter
 from ..format.shards import sentinel
+from ..format.staging import Staging
 from ..models.source import Source
 from ..models.stream import StreamedModel, gated_stream
 from ..progress import Progress, grouped
 from ..runtime.linear import gated_modules
 from . import plot as pictures
 from .plan import ConversionPlan
-from .staging import Staging
 from .weights import stored_tensors
 
 

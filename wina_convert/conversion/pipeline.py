@@ -14,10 +14,12 @@ from .. import __version__
 from ..defaults import torch_defaults
 from ..fitting.thresholds import levels
 from ..format.config import WinaConfig
+from ..format.folder import copy_sidecars
 from ..format.manifest import write_manifest
 from ..format.names import CONFIG
 from ..format.names import REPORT as REPORT_FILE
 from ..format.shard_writer import ShardWriter, shard_bytes
+from ..format.staging import check_space, check_target, staged
 from ..models.device import choose_device
 from ..models.documents import read_documents
 from ..models.seen import SEEN, record
@@ -26,9 +28,8 @@ from ..models.text import HELD_OUT, check_vocabulary, load_tokenizer, sequence_l
 from ..pictures import check_available
 from ..progress import Progress, silent
 from . import plot as pictures
-from .files import check_space, check_target, copy_sidecars, write_config, write_json
+from .files import write_config, write_json
 from .options import IDENTITY, REPORT, ConversionOptions, documented
-from .staging import staged
 
 
 @documented

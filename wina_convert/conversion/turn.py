@@ -28,12 +28,12 @@ from ..fitting.basis import (
 from ..fitting.fit_basis import STEPS, Effort, effort_of, fit_basis, principal_axes
 from ..fitting.moments import Moments, empty_moments, gather_layer, pick_tokens
 from ..format.shards import TensorSpec, read_rows, read_tensors
+from ..format.staging import Snapshot
 from ..models.source import Source
 from ..models.stream import StreamedModel, build_skeleton
 from ..progress import Progress, grouped
 from ..runtime.keys import checkpoint_keys
 from .options import BASES, check_name
-from .staging import Snapshot
 from .weights import check_finite
 
 CARRIED = "basis/"  # before the names of its tensors in a snapshot

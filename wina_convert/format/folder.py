@@ -1,6 +1,7 @@
 """A model's folder as it lies on the disk, a source's or a checkpoint's: config.json, headers, and the files beside them."""
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,3 +117,11 @@ def sidecars(folder: Path) -> list[Path]:
                 raise SourceError(f"{str(relative)!r} in {folder} is no name for a file of a checkpoint; rename it")
             found.append(relative)
     return found
+
+
+def copy_sidecars(source: Folder, folder: Path, leave: Iterable[str] = ()) -> None:
+    """Copy everything that accompanies the weights, but for the files to leave, into another folder."""
+    for relative in sidecars(source.path):
+        if relative.as_posix() not in set(leave):
+            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.path / relative, folder / relative)

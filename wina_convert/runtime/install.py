@@ -43,6 +43,7 @@ def install(model: nn.Module, config: WinaConfig) -> None:
             plain.weight.dtype,
             plain.weight.device,
             config.biases,
+            Conv1D if isinstance(plain, Conv1D) else nn.Linear,
         )
         model.set_submodule(matches[0], replacement)
     for module in model.modules():

@@ -62,6 +62,12 @@ class WinaQuantizer(HfQuantizer):
                 module.hf_quantizer = self  # type: ignore[assignment]
         return model
 
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        from .restore import restore  # here, because transformers imports this module before it is complete
+
+        restore(model, dtype)
+        return model
+
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         name = next(iter(gated_modules(model)))
         return model.state_dict() | {f"{name}.{WEIGHT}": sentinel()}, {}
