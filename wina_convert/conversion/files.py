@@ -1,16 +1,65 @@
-"""The files of a checkpoint beside its weights that a conversion makes."""
+"""What a conversion says of a checkpoint, in the files beside its weights."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from .. import __version__
+from ..fitting.thresholds import levels
 from ..format.config import WinaConfig
 from ..format.names import CONFIG, INSTALL
 from ..models.source import Source
+from .options import ConversionOptions
 
 if TYPE_CHECKING:
     from .plan import ConversionPlan
+
+
+def text_name(calibration: str) -> str:
+    """What to call a calibration text: a file by its name, without its folder."""
+    return Path(calibration).name if Path(calibration).is_file() else calibration
+
+
+def digest(tokens: Tensor) -> str:
+    """SHA-256 of token ids."""
+    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
+
+
+def checkpoint_config(
+    source: Source, plan: "ConversionPlan", options: ConversionOptions, tokens: Tensor, basis: dict[str, Any]
+) -> WinaConfig:
+    """What config.json will say of a checkpoint.
+
+    Args:
+        source: what is converted.
+        plan: of the conversion.
+        options: as they were used.
+        tokens: [N, S], int64: the calibration text.
+        basis: what is told of the change of basis.
+    """
+    return WinaConfig(
+        sparsity=options.sparsity,
+        prefill="gated",
+        modules=[projection.name for projection in plan.projections],
+        scheme=plan.scheme.name,
+        allocation=plan.budget.allocation,
+        shares=plan.budget.stored(),
+        basis=basis,
+        calibration={
+            "text": text_name(options.calibration),
+            "samples": len(tokens),
+            "seq_len": tokens.shape[1],
+            "seed": options.seed,
+            "levels": list(levels(options.sparsity)),
+            "tokens_sha256": digest(tokens),
+        },
+        source={"name": source.name, "revision": source.revision},
+        tool_version=__version__,
+    )
 
 
 def write_config(folder: Path, source: Source, config: WinaConfig, plan: "ConversionPlan") -> None:

@@ -12,7 +12,7 @@ from ..fitting.thresholds import threshold_curve
 from ..format.config import WinaConfig
 from ..format.grid import GRID
 from ..format.names import THRESHOLDS
-from ..format.shard_writer import ShardWriter
+from ..format.shard_writer import TensorSink
 from ..format.shards import sentinel
 from ..format.staging import Staging
 from ..models.source import Source
@@ -41,7 +41,7 @@ def write_layers(
     tokens: Tensor,
     at_a_time: int,
     device: torch.device,
-    shards: ShardWriter,
+    shards: TensorSink,
     staging: Staging,
     carried: Mapping[str, Tensor],
     progress: Progress,

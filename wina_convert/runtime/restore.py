@@ -7,6 +7,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from . import attention
+from .install import keep_hook
 from .linear import DenseLinear, WinaLinear, gated_modules
 
 
@@ -54,8 +55,5 @@ def _plain(gate: WinaLinear) -> Any:
     plain.weight = nn.Parameter(weight_t if transposed else weight_t.t().contiguous())
     plain.bias = None if gate.bias is None else nn.Parameter(gate.bias.detach())
     plain.train(gate.training)
-    if hasattr(gate, "_hf_hook"):  # of accelerate, which brings inputs to the device of the weight
-        from accelerate.hooks import add_hook_to_module
-
-        add_hook_to_module(plain, gate._hf_hook)
+    keep_hook(gate, plain)
     return plain
