@@ -57,7 +57,7 @@ def checkpoint_config(
             "levels": list(levels(options.sparsity)),
             "tokens_sha256": digest(tokens),
         },
-        source={"name": source.name, "revision": source.revision},
+        source=source.told(),
         tool_version=__version__,
     )
 

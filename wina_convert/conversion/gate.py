@@ -118,7 +118,7 @@ def _take(model: nn.Module, folder: Path | None, other: Checkpoint, asked: WinaC
         config = replace(config, sparsity=asked.sparsity)
     if folder is not None:
         source = open_source(str(folder))
-        config = replace(config, source={"name": source.name, "revision": source.revision})
+        config = replace(config, source=source.told())
     install.gate(model, config, tables)
     return _as_loaded(config, asked)
 

@@ -189,8 +189,7 @@ def _convert(
 
 def fingerprints(source: Source) -> dict[str, Any]:
     """What shows that a source changed: its config's hash, and size and time of change of its weight files."""
-    files = sorted({spec.file for spec in source.tensors.values()})
-    stats = {file: (source.path / file).stat() for file in files}
+    stats = {file.name: file.stat() for file in source.files()}
     return {
         CONFIG: hashlib.sha256(source.config_text.encode()).hexdigest(),
         **{file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..architectures import ARCHITECTURES, Architecture
 from ..errors import SourceError
 from .names import CARD, CONFIG, MANIFEST, REPORT
-from .shards import TensorSpec, read_tensors
+from .shards import TensorSpec, read_rows, read_tensors
 from .trust import check_config, check_content, contained
 
 # What accompanies weights, by name: a conversion takes these files along, and no others.
@@ -71,6 +71,14 @@ class Folder:
             SourceError: a file cannot be read.
         """
         return read_tensors(self.path, [self.tensors[key] for key in keys])
+
+    def rows(self, key: str, nbytes: int) -> Iterator[Tensor]:
+        """A tensor in slices along its first dimension of about `nbytes`, on the CPU.
+
+        Raises:
+            SourceError: the file cannot be read.
+        """
+        return read_rows(self.path, self.tensors[key], nbytes)
 
 
 def read_config(folder: Path) -> tuple[str, dict[str, Any]]:

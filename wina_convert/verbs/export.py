@@ -103,7 +103,10 @@ def export(folder: str | Path, out: str | Path, max_shard_size: str = "5GB", pro
     nbytes = sum(spec.nbytes for spec, _, _ in plan)
     check_space(out, nbytes + MARGIN)
     signed = _check_weights(checkpoint, progress)
-    source = str(checkpoint.config.source.get("name") or "the source")
+    named = checkpoint.config.source
+    source = str(named.get("name") or "the source")
+    if isinstance(named.get("base"), dict):
+        source += f", merged onto {named['base'].get('name')}"
     done = Exported(source, len(plan), nbytes, _differences(checkpoint, signed))
     with staged(out, {}, resume=False, keep=False, overwrite=False) as staging:
         with (
