@@ -113,7 +113,7 @@ def _finish(model: nn.Module, config: WinaConfig) -> None:
 
 
 def configure(model: nn.Module, config: WinaConfig) -> None:
-    """Set sparsity and prefill of every gated projection from the config; the weights are loaded.
+    """Freeze every gated projection, and set its sparsity and prefill from the config; the weights are loaded.
 
     Raises:
         CheckpointError: norms, thresholds or biases are no such numbers.
@@ -128,6 +128,8 @@ def configure(model: nn.Module, config: WinaConfig) -> None:
                 f"{name}: column norms are not finite and positive, thresholds not ascending from 0, or biases not finite from "
                 "0; the checkpoint is damaged: get or convert it again"
             )
+        for parameter in module.parameters():  # transformers makes what it loads trainable
+            parameter.requires_grad_(False)
         module.dense_prefill = config.prefill == "dense"
         module.set_sparsity(config.sparsity or 0.0)
 

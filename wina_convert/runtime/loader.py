@@ -107,7 +107,7 @@ class WinaQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # adapters are: to a Trainer this means that it may train those
 
     @property
     def is_compileable(self) -> bool:
