@@ -169,6 +169,10 @@ FIELDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "DoRA": ({"use_dora": True}, ("is DoRA", "merge_and_unload")),
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, ("'pissa_niter_4'", "changes the base model's weights")),
     "a field of tomorrow": ({"use_better_lora": True}, ("use_better_lora", "nothing is known")),
+    "no number": ({"lora_alpha": "much"}, ("lora_alpha or alpha_pattern",)),
+    "no finite number": ({"lora_alpha": 1e999}, ("lora_alpha or alpha_pattern",)),
+    "no pattern": ({"alpha_pattern": {"q_proj(": 4}}, ("lora_alpha or alpha_pattern",)),
+    "no patterns": ({"alpha_pattern": ["q_proj"]}, ("lora_alpha or alpha_pattern",)),
     "layers twice": ({"layer_replication": [[0, 2], [1, 2]]}, ("layer_replication",)),
 }
 
@@ -230,7 +234,7 @@ def test_pickled_or_damaged_adapters_are_refused(adapter: Path, tmp_path: Path):
     refused(run(adapter, "--out", tmp_path / "out", "--quiet"), CONFIG)
 
 
-def test_a_base_that_changed_is_no_reason_to_go_on_with_another(adapter: Path):
+def test_what_a_resumed_conversion_watches_are_the_files_of_base_and_adapter(adapter: Path):
     source = open_source(str(adapter))
     assert {path.name for path in source.files()} == {"model.safetensors", WEIGHTS, CONFIG}
 

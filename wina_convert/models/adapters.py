@@ -146,6 +146,14 @@ def open_adapter(name: str, folder: Path, revision: str | None = None) -> Adapte
             raise SourceError(f"{name} has {key} in its {CONFIG}, of which nothing is known here; {MERGE_FIRST}")
     if (begun := config.get("init_lora_weights")) not in UNCHANGED_BASE:
         raise SourceError(f"{name} began as {begun!r}, which changes the base model's weights as well; {MERGE_FIRST}")
+    try:
+        patterns = config.get("alpha_pattern") or {}
+        alphas = [float(alpha) for alpha in (config.get("lora_alpha", 8), *patterns.values())]
+        usable = all(map(math.isfinite, alphas)) and all(re.compile(pattern) for pattern in patterns)
+    except (TypeError, ValueError, AttributeError, OverflowError, re.error):
+        usable = False
+    if not usable:
+        raise SourceError(f"{name}: lora_alpha or alpha_pattern in its {CONFIG} is no number; get the adapter again")
     if not (folder / WEIGHTS).is_file():
         pickled = (
             " but pickled weights, which can run code when read" if (folder / "adapter_model.bin").exists() else ""
