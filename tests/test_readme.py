@@ -89,10 +89,10 @@ def test_the_family_table_is_the_supported_families() -> None:
     assert {row[1].strip("`") for row in table_rows("What is supported")} == set(ARCHITECTURES)
 
 
-def test_the_python_snippets_run(wina_tiny: Path) -> None:
+def test_the_python_snippets_run(wina_tiny: Path, tiny: Path) -> None:
     scope: dict[str, object] = {}
     for block in blocks("python"):
-        exec(block.replace('"tiny-wina"', repr(str(wina_tiny))), scope)
+        exec(block.replace('"tiny-wina"', repr(str(wina_tiny))).replace('"MODEL"', repr(str(tiny))), scope)
     assert next(iter(package.runtime.linear.gated_modules(scope["model"]).values())).sparsity == 0.25
 
 

@@ -15,6 +15,7 @@ from .errors import WinaError
 from .runtime.autoload import arm
 
 if TYPE_CHECKING:
+    from .conversion.gate import gate as gate
     from .conversion.pipeline import convert
     from .runtime.install import set_sparsity
     from .runtime.loader import load
@@ -27,6 +28,7 @@ __all__ = ["WinaConfig", "WinaError", "convert", "load", "push", "set_sparsity"]
 _LAZY = {
     "WinaConfig": "runtime.quantization",
     "convert": "conversion.pipeline",
+    "gate": "conversion.gate",
     "load": "runtime.loader",
     "push": "verbs.push",
     "set_sparsity": "runtime.install",

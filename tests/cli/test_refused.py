@@ -58,7 +58,7 @@ def test_a_missing_argument_is_named(args: tuple[str, ...], word: str):
     refused(run(*args), word)
 
 
-@pytest.mark.parametrize("verb", ["inspect", "eval", "generate", "retarget", "convert"])
+@pytest.mark.parametrize("verb", ["inspect", "eval", "generate", "retarget", "convert", "export"])
 def test_a_verb_without_its_folder_is_refused(verb: str):
     refused(run_wina(verb), "Missing")
 

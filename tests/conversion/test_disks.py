@@ -25,7 +25,7 @@ MODEL = "three layers"  # see support/shared.py
 DISK = "6m"
 
 
-SAVE = "wina_convert.conversion.staging.Staging.save"
+SAVE = "wina_convert.format.staging.Staging.save"
 FULL_STEPS = [
     *((*step, True) for step in STEPS),
     (SAVE, 1, False, True),
@@ -120,7 +120,7 @@ CALLS = [
     ("wina_convert.format.shard_writer.ShardWriter.write", 15, True),
     ("os.fsync", 4, True),
     ("pathlib.Path.replace", 2, True),
-    ("wina_convert.conversion.staging.save_file", 2, True),
+    ("wina_convert.format.staging.save_file", 2, True),
     ("shutil.copyfile", 1, True),
     ("huggingface_hub.ModelCard.save", 1, True),
     ("pathlib.Path.rename", 1, True),

@@ -29,9 +29,9 @@ from support.interrupting import (
     stage,
 )
 from wina_convert import convert
-from wina_convert.conversion.staging import Staging
 from wina_convert.errors import CheckpointError, WinaError
 from wina_convert.format.names import INDEX, REPORT, SNAPSHOT
+from wina_convert.format.staging import Staging
 from wina_convert.verbs.verify import verify_folder
 
 MODEL = "three layers"  # see support/shared.py

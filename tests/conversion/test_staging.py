@@ -15,9 +15,9 @@ from support.folders import files_of
 from support.interrupting import ASIDE, CALIBRATE, FAST, HIDDEN, fail_after, stage
 from support.killing import Child
 from wina_convert import convert
-from wina_convert.conversion.staging import recover
 from wina_convert.errors import CheckpointError, VerificationError
 from wina_convert.format.names import REPORT, SNAPSHOT
+from wina_convert.format.staging import recover
 
 MODEL = "three layers"  # see support/shared.py
 

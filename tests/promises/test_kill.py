@@ -15,9 +15,9 @@ import pytest
 from support.folders import files_of
 from support.killing import Child, End, publish
 from wina_convert import convert
-from wina_convert.conversion.staging import recover
 from wina_convert.format.checkpoint import open_checkpoint
 from wina_convert.format.names import REPORT
+from wina_convert.format.staging import recover
 from wina_convert.verbs.retarget import retarget
 from wina_convert.verbs.verify import verify_folder
 

@@ -11,8 +11,8 @@ import torch
 
 from support.breaking import failing, patch_call
 from wina_convert import convert
-from wina_convert.conversion.staging import Staging, staged
 from wina_convert.format.names import REPORT
+from wina_convert.format.staging import Staging, staged
 
 HIDDEN = ".out.wina-staging"  # for a target named "out"
 ASIDE = ".out.wina-replaced"

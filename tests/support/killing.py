@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from wina_convert.conversion import staging
-from wina_convert.conversion.staging import staged
+from wina_convert.format import staging
 from wina_convert.format.names import REPORT
+from wina_convert.format.staging import staged
 
 # The server imports torch once; each process is forked from it in milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")

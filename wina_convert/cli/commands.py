@@ -24,6 +24,7 @@ from .common import (
 )
 from .convert import command
 from .doctor import doctor_command
+from .export import export_command
 from .hub import push_command
 from .text import bench_text, card_text, table
 
@@ -39,6 +40,7 @@ def wina() -> None:
 wina.add_command(command("convert"))
 wina.add_command(push_command)
 wina.add_command(doctor_command)
+wina.add_command(export_command)
 
 
 @wina.command("inspect")

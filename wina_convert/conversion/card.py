@@ -18,7 +18,7 @@ BODY = """
 # {title}
 
 This is [{base}]({link}) as a WINA checkpoint: at every gated projection the model skips the input columns that do not
-matter for the token at hand ([WINA, arXiv 2505.19427](https://arxiv.org/abs/2505.19427)). {basis}{tuned}
+matter for the token at hand ([WINA, arXiv 2505.19427](https://arxiv.org/abs/2505.19427)). {merged}{basis}{tuned}
 
 {default}
 
@@ -77,6 +77,7 @@ sparsity on your text may differ from that on the calibration text. See `wina_re
 
 
 UNCHANGED = "The weights are unchanged; only a threshold per projection was added."
+MERGED = "It is a LoRA adapter, merged onto its base {base} before.\n"
 TURNED = (
     "The weights are those of the source in another basis of its hidden states, in which more can be skipped; without skipping\n"
     "the model computes the same, up to rounding."
@@ -131,9 +132,12 @@ def write_card(folder: Path, source: Source, report: dict[str, Any], pictures: M
     kept = source_metadata(source)
     title = f"{source.name.rpartition('/')[2]}-wina"
     on_hub = source.revision is not None
+    based_on = ["/".join(source.name.split("/")[:2])] if on_hub else []  # without a subfolder
+    if source.adapter and source.adapter.base_revision:
+        based_on.append("/".join(source.adapter.base.split("/")[:2]))
     data = ModelCardData(
-        base_model="/".join(source.name.split("/")[:2]) if on_hub else None,  # without a subfolder
-        base_model_relation="quantized" if on_hub else None,
+        base_model=(based_on if len(based_on) > 1 else based_on[0]) if based_on else None,
+        base_model_relation="quantized" if based_on else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys([*kept.pop("tags", []), *TAGS])),
@@ -148,6 +152,7 @@ def write_card(folder: Path, source: Source, report: dict[str, Any], pictures: M
     body = BODY.format(
         pictures="".join(f"\n![{shown}]({name})\n" for name, shown in (pictures or {}).items()),
         default=default_line(held_out["sparsity"], reads["dense"], reads["gated"]),
+        merged=MERGED.format(base=source.adapter.base) if source.adapter else "",
         basis=UNCHANGED if report["basis"]["kind"] == "none" else TURNED,
         tuned=_tuned(report.get("tuning")),
         title=title,

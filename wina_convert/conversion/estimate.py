@@ -86,7 +86,7 @@ def plan_report(
         seconds += tuning.operations / rate
         shapes["disk_bytes"] += tuning.stored_bytes
     return {
-        "source": {"name": source.name, "revision": source.revision},
+        "source": source.told(),
         "sparsity": sparsity,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "device": str(device),

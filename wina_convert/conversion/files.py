@@ -1,57 +1,65 @@
-"""The files of a checkpoint beside its weights, and the checks of the folder that they go into."""
+"""What a conversion says of a checkpoint, in the files beside its weights."""
 
+import hashlib
 import json
-import os
 import re
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError
+from torch import Tensor
+
+from .. import __version__
+from ..fitting.thresholds import levels
 from ..format.config import WinaConfig
-from ..format.folder import sidecars
 from ..format.names import CONFIG, INSTALL
 from ..models.source import Source
-from .staging import check_replaceable, hidden, unwritable
+from .options import ConversionOptions
 
 if TYPE_CHECKING:
     from .plan import ConversionPlan
 
 
-def check_target(out: Path, model: str, overwrite: bool) -> None:
-    """Refuse a target that cannot or must not be written, before anything is spent.
+def text_name(calibration: str) -> str:
+    """What to call a calibration text: a file by its name, without its folder."""
+    return Path(calibration).name if Path(calibration).is_file() else calibration
 
-    Raises:
-        CheckpointError: it exists (without `overwrite`), is not a WINA checkpoint (with it), lies in the source or holds it, or
-            the folder it goes into cannot be written.
+
+def digest(tokens: Tensor) -> str:
+    """SHA-256 of token ids."""
+    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
+
+
+def checkpoint_config(
+    source: Source, plan: "ConversionPlan", options: ConversionOptions, tokens: Tensor, basis: dict[str, Any]
+) -> WinaConfig:
+    """What config.json will say of a checkpoint.
+
+    Args:
+        source: what is converted.
+        plan: of the conversion.
+        options: as they were used.
+        tokens: [N, S], int64: the calibration text.
+        basis: what is told of the change of basis.
     """
-    try:
-        target = out.resolve()
-        hidden(target).exists()  # its name is the longest
-    except OSError as error:
-        raise unwritable(out, error) from error
-    source = Path(model).resolve()
-    if Path(model).is_dir() and (target == source or source in target.parents or target in source.parents):
-        raise CheckpointError(f"{out} and the source {model} lie one inside the other; choose another --out")
-    check_replaceable(out, overwrite)
-    nearest = next(parent for parent in target.parents if parent.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise CheckpointError(f"{out} cannot be written: {nearest} is read-only or no folder; choose another --out")
-
-
-def check_space(out: Path, needed: int) -> None:
-    """Refuse when the disk of the target has less free space than a conversion needs, in bytes.
-
-    Raises:
-        CheckpointError: it has less, what an unfinished conversion to this target holds already counted as free.
-    """
-    folder = next(parent for parent in out.resolve().parents if parent.exists())
-    unfinished = (path for path in hidden(out.resolve()).rglob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free + sum(path.stat().st_blocks * 512 for path in unfinished)
-    if free < needed:
-        raise CheckpointError(
-            f"{out} needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; free some, or choose another --out"
-        )
+    return WinaConfig(
+        sparsity=options.sparsity,
+        prefill="gated",
+        modules=[projection.name for projection in plan.projections],
+        scheme=plan.scheme.name,
+        allocation=plan.budget.allocation,
+        shares=plan.budget.stored(),
+        basis=basis,
+        calibration={
+            "text": text_name(options.calibration),
+            "samples": len(tokens),
+            "seq_len": tokens.shape[1],
+            "seed": options.seed,
+            "levels": list(levels(options.sparsity)),
+            "tokens_sha256": digest(tokens),
+        },
+        source=source.told(),
+        tool_version=__version__,
+    )
 
 
 def write_config(folder: Path, source: Source, config: WinaConfig, plan: "ConversionPlan") -> None:
@@ -73,13 +81,6 @@ def write_config(folder: Path, source: Source, config: WinaConfig, plan: "Conver
     body = text.removesuffix("}").rstrip()
     ours = json.dumps(block, indent=2, ensure_ascii=False).removeprefix("{")
     (folder / CONFIG).write_bytes((body + ("," if not body.endswith("{") else "") + ours + "\n").encode())
-
-
-def copy_sidecars(source: Source, folder: Path) -> None:
-    """Copy everything that accompanies the weights: tokenizer, templates, generation config, licence."""
-    for relative in sidecars(source.path):
-        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source.path / relative, folder / relative)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

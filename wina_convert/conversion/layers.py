@@ -12,15 +12,15 @@ from ..fitting.thresholds import threshold_curve
 from ..format.config import WinaConfig
 from ..format.grid import GRID
 from ..format.names import THRESHOLDS
-from ..format.shard_writer import ShardWriter
+from ..format.shard_writer import TensorSink
 from ..format.shards import sentinel
+from ..format.staging import Staging
 from ..models.source import Source
 from ..models.stream import StreamedModel, gated_stream
 from ..progress import Progress, grouped
 from ..runtime.linear import gated_modules
 from . import plot as pictures
 from .plan import ConversionPlan
-from .staging import Staging
 from .weights import stored_tensors
 
 
@@ -41,7 +41,7 @@ def write_layers(
     tokens: Tensor,
     at_a_time: int,
     device: torch.device,
-    shards: ShardWriter,
+    shards: TensorSink,
     staging: Staging,
     carried: Mapping[str, Tensor],
     progress: Progress,

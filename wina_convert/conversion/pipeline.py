@@ -13,23 +13,21 @@ from torch import Tensor
 from .. import __version__
 from ..defaults import torch_defaults
 from ..errors import UploadError
-from ..fitting.thresholds import levels
-from ..format.config import WinaConfig
+from ..format.folder import copy_sidecars
 from ..format.manifest import write_manifest
 from ..format.names import CONFIG
 from ..format.names import REPORT as REPORT_FILE
 from ..format.shard_writer import ShardWriter, shard_bytes
+from ..format.staging import check_space, check_target, staged
 from ..models.device import choose_device
-from ..models.documents import read_documents
 from ..models.seen import SEEN, record
 from ..models.source import Source, open_source
-from ..models.text import HELD_OUT, check_vocabulary, load_tokenizer, sequence_length, sequences, split
+from ..models.text import read_sequences, sequence_length
 from ..pictures import check_available
 from ..progress import Progress, silent
 from . import plot as pictures
-from .files import check_space, check_target, copy_sidecars, write_config, write_json
+from .files import checkpoint_config, digest, text_name, write_config, write_json
 from .options import IDENTITY, REPORT, ConversionOptions, documented
-from .staging import staged
 
 
 @documented
@@ -120,41 +118,20 @@ def _convert(
     # A CPU gains nothing from more sequences at a time, and one by one they give the same bits.
     at_a_time = 1 if device.type == "cpu" else asked.batch_size
 
-    documents = read_documents(asked.calibration)
     for_basis = basis_sequences(asked.samples, length) if turn else 0
     wanted = asked.samples + max(for_basis, tuning_sequences(length) if tuning else 0)
-    packed = sequences(documents, load_tokenizer(source), length, wanted + HELD_OUT, asked.calibration)
-    check_vocabulary(packed, source)
-    seen, held_out = split(packed, wanted, asked.seed)
+    seen, held_out = read_sequences(source, asked.calibration, length, wanted, asked.seed)
     tokens, rest = seen[: asked.samples], seen[asked.samples :]
     # Scores are smaller on text that a basis was fitted to: thresholds from there would skip less elsewhere.
     shown = rest[:for_basis] if len(rest) >= len(tokens) else seen
-    text = Path(asked.calibration).name if Path(asked.calibration).is_file() else asked.calibration
+    text = text_name(asked.calibration)
     check_space(Path(out), disk_bytes(source, plan, turn, tuning, asked.sparsity, len(tokens), length))
     if asked.dry_run:
         found_text = {"text": text, "samples": len(tokens), "asked": asked.samples, "seq_len": length}
         planned = plan_report(source, plan, turn, tuning, asked.sparsity, found_text, device, unused)
         return planned | {"max_ppl_increase": asked.max_ppl_increase}
     used = replace(asked, seq_len=length, calibration=text, device=str(device))
-    config = WinaConfig(
-        sparsity=used.sparsity,
-        prefill="gated",
-        modules=[projection.name for projection in plan.projections],
-        scheme=plan.scheme.name,
-        allocation=plan.budget.allocation,
-        shares=plan.budget.stored(),
-        basis=basis,
-        calibration={
-            "text": text,
-            "samples": len(tokens),
-            "seq_len": length,
-            "seed": used.seed,
-            "levels": list(levels(used.sparsity)),
-            "tokens_sha256": digest(tokens),
-        },
-        source={"name": source.name, "revision": source.revision},
-        tool_version=__version__,
-    )
+    config = checkpoint_config(source, plan, used, tokens, basis)
     versions = {"wina-convert": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     identity = {
         "source": config.source | {"files": fingerprints(source)},
@@ -225,15 +202,9 @@ def _convert(
         raise UploadError(f"{out} is complete, but {error}") from error
 
 
-def digest(tokens: Tensor) -> str:
-    """SHA-256 of token ids."""
-    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
-
-
 def fingerprints(source: Source) -> dict[str, Any]:
     """What shows that a source changed: its config's hash, and size and time of change of its weight files."""
-    files = sorted({spec.file for spec in source.tensors.values()})
-    stats = {file: (source.path / file).stat() for file in files}
+    stats = {file.name: file.stat() for file in source.files()}
     return {
         CONFIG: hashlib.sha256(source.config_text.encode()).hexdigest(),
         **{file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},

@@ -10,10 +10,8 @@ from torch import Tensor
 from .. import pictures
 from ..fitting.budget import Budget
 from ..fitting.histogram import ScoreHistogram
-from ..format.names import split_layer
+from ..format.names import SCORES_PNG, SPARSITY_PNG, split_layer
 
-SPARSITY_PNG = "wina_sparsity.png"
-SCORES_PNG = "wina_scores.png"
 PICTURES = {
     SPARSITY_PNG: "Sparsity achieved by decoder layer and projection",
     SCORES_PNG: "Distribution of the scores by projection, with the thresholds",

@@ -9,12 +9,12 @@ from torch import Tensor
 from ..fitting.budget import SEARCHED, Budget
 from ..fitting.greedy import Shares, divide_layer, moves_of
 from ..format.config import WinaConfig
+from ..format.staging import Snapshot
 from ..models.source import Source
 from ..progress import Progress
 from ..runtime.linear import gated_modules
 from .layers import stream_of
 from .plan import ConversionPlan
-from .staging import Snapshot
 
 SEQUENCES = 4  # of the calibration text that it runs on
 CARRIED = "shares/"  # before the names in a snapshot

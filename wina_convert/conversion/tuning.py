@@ -21,12 +21,12 @@ from ..fitting.schemes import LEARNED, Scheme
 from ..fitting.student import Student
 from ..fitting.tune import LEVELS, Texts, Tuned
 from ..format.grid import GRID
+from ..format.staging import Snapshot, Staging
 from ..models.source import Source
 from ..models.stream import dense_stream
 from ..models.structure import Projection
 from ..progress import Progress, note
 from .plan import ConversionPlan, lay_out
-from .staging import Snapshot, Staging
 from .weights import steps_of
 
 DONE, GOING = "tuned/", "tuning/"  # before the names of its tensors in a snapshot, when it is done and while it goes on

@@ -27,13 +27,13 @@ from ..fitting.basis import (
 )
 from ..fitting.fit_basis import STEPS, Effort, effort_of, fit_basis, principal_axes
 from ..fitting.moments import Moments, empty_moments, gather_layer, pick_tokens
-from ..format.shards import TensorSpec, read_rows, read_tensors
+from ..format.shards import TensorSpec
+from ..format.staging import Snapshot
 from ..models.source import Source
 from ..models.stream import StreamedModel, build_skeleton
 from ..progress import Progress, grouped
 from ..runtime.keys import checkpoint_keys
 from .options import BASES, check_name
-from .staging import Snapshot
 from .weights import check_finite
 
 CARRIED = "basis/"  # before the names of its tensors in a snapshot
@@ -102,7 +102,7 @@ class TurnedSource(Source):
 
     def is_stored(self, key: str) -> bool:
         """Whether the tensor is in the files as it is."""
-        return key not in self.turn.folds
+        return key not in self.turn.folds and super().is_stored(key)
 
 
 def turned_source(turn: Turn, basis: Basis, dtype: torch.dtype | None, device: torch.device) -> TurnedSource:
@@ -326,7 +326,7 @@ def _folded(
     spec = source.tensors[fold.copy_of if fold and fold.copy_of else key]
     dtype = dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
     if fold is None:
-        ((_, tensor),) = read_tensors(source.path, [spec])
+        ((_, tensor),) = source.read([spec.name])
         return tensor.to(dtype)
     made = torch.empty(spec.shape, dtype=dtype, device=device)
     start = 0
@@ -342,10 +342,10 @@ def folded_rows(
     """A folded tensor in slices of rows, on the device; in one where outputs or values are turned."""
     gain = None
     if fold.gain:
-        ((_, gain),) = read_tensors(source.path, [source.tensors[fold.gain]])
+        ((_, gain),) = source.read([fold.gain])
         check_finite(source, source.tensors[fold.gain], gain)
     whole = fold.turned == "outputs" or fold.values is not None or fold.transposed
-    parts = (part for _, part in read_tensors(source.path, [spec])) if whole else read_rows(source.path, spec, SLICE)
+    parts = (part for _, part in source.read([spec.name])) if whole else source.rows(spec.name, SLICE)
     for part in parts:
         part = part.to(device)
         check_finite(source, spec, part)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..errors import VerificationError
 from ..fitting.basis import Basis
-from ..format.shards import read_rows, read_tensors
 from ..models.source import Source
 from ..models.stream import StreamedModel, build_skeleton
 from ..progress import Advance, Progress
@@ -60,7 +59,7 @@ def _difference(
     """The largest difference between logits, as a part of the largest logit, with both models in `dtype`; or NaN."""
 
     def source_rows(key: str) -> Iterator[Tensor]:
-        for rows in read_rows(turn.origin.path, turn.origin.tensors[key], SLICE):
+        for rows in turn.origin.rows(key, SLICE):
             yield rows.to(dtype)
 
     def turned_rows(key: str) -> Iterator[Tensor]:
@@ -74,9 +73,7 @@ def _difference(
         return read_turned(turn, basis, keys, device, dtype)
 
     def read_expected(keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        for key in keys:
-            ((_, tensor),) = read_tensors(turn.origin.path, [turn.origin.tensors[key]])
-            yield key, tensor
+        return turn.origin.read(keys)
 
     sides = (
         _Side(turn.origin, read_expected, source_rows, tokens, dtype, device),

@@ -1,6 +1,7 @@
 """A model's folder as it lies on the disk, a source's or a checkpoint's: config.json, headers, and the files beside them."""
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..architectures import ARCHITECTURES, Architecture
 from ..errors import SourceError
 from .names import CARD, CONFIG, MANIFEST, REPORT
-from .shards import TensorSpec, read_tensors
+from .shards import TensorSpec, read_rows, read_tensors
 from .trust import check_config, check_content, contained
 
 # What accompanies weights, by name: a conversion takes these files along, and no others.
@@ -71,6 +72,14 @@ class Folder:
         """
         return read_tensors(self.path, [self.tensors[key] for key in keys])
 
+    def rows(self, key: str, nbytes: int) -> Iterator[Tensor]:
+        """A tensor in slices along its first dimension of about `nbytes`, on the CPU.
+
+        Raises:
+            SourceError: the file cannot be read.
+        """
+        return read_rows(self.path, self.tensors[key], nbytes)
+
 
 def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     """config.json of a folder, as text and parsed.
@@ -116,3 +125,11 @@ def sidecars(folder: Path) -> list[Path]:
                 raise SourceError(f"{str(relative)!r} in {folder} is no name for a file of a checkpoint; rename it")
             found.append(relative)
     return found
+
+
+def copy_sidecars(source: Folder, folder: Path, leave: Iterable[str] = ()) -> None:
+    """Copy everything that accompanies the weights, but for the files to leave, into another folder."""
+    for relative in sidecars(source.path):
+        if relative.as_posix() not in set(leave):
+            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.path / relative, folder / relative)

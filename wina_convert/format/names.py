@@ -8,6 +8,8 @@ INDEX = "model.safetensors.index.json"
 CARD = "README.md"
 REPORT = "wina_report.json"
 MANIFEST = "wina_manifest.json"
+SPARSITY_PNG = "wina_sparsity.png"
+SCORES_PNG = "wina_scores.png"
 SNAPSHOT = ".snapshot.safetensors"  # in the folder of an unfinished conversion only
 
 # The tensors of a gated projection P: P.weight_t, P.column_norms, P.thresholds, P.bias where it has one, and P.biases where the

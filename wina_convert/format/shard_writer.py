@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -39,6 +39,19 @@ def shard_bytes(size: str | int) -> int:
     except (ValueError, OverflowError, KeyError):
         pass
     raise OptionError(f"max shard size is {size!r}; give a number of bytes or '500MB', '5GB'")
+
+
+class TensorSink(Protocol):
+    """Takes the tensors of a checkpoint as they are made, in any order."""
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take tensors by name."""
+
+    def skip(self, names: Iterable[str]) -> None:
+        """These were taken before."""
+
+    def sync(self) -> None:
+        """Have everything taken so far in safety."""
 
 
 class ShardWriter:

@@ -106,22 +106,31 @@ def read_headers(folder: Path) -> dict[str, TensorSpec]:
         raise SourceError(_no_weights(folder))
     specs: dict[str, TensorSpec] = {}
     for file in [SINGLE] if weight_map is None else sorted(set(weight_map.values())):
-        if not os.path.isfile(contained(folder, file)):
-            raise SourceError(f"{folder}: shard {file} is missing; download the model again")
-        check_content(folder / file)
-        try:
-            with safe_open(folder / file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 - not a dict
-                    entry = shard.get_slice(name)
-                    specs[name] = spec_from_header(name, entry.get_dtype(), entry.get_shape(), file)
-        except (SafetensorError, OSError) as error:
-            raise SourceError(
-                f"{folder / file} is truncated or not safetensors ({error}); download it again"
-            ) from error
+        specs |= read_file_headers(folder, file)
     if weight_map is not None:
         wrong = sorted(name for name in weight_map if name not in specs or specs[name].file != weight_map[name])
         if wrong:
             raise SourceError(f"{folder / INDEX} places {wrong[0]!r} in {weight_map[wrong[0]]}, which does not hold it")
+    return specs
+
+
+def read_file_headers(folder: Path, file: str) -> dict[str, TensorSpec]:
+    """Every tensor of one safetensors file of a folder, by name.
+
+    Raises:
+        SourceError: it is missing, truncated or outside the folder.
+    """
+    specs = {}
+    if not os.path.isfile(contained(folder, file)):
+        raise SourceError(f"{folder}: shard {file} is missing; download the model again")
+    check_content(folder / file)
+    try:
+        with safe_open(folder / file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 - not a dict
+                entry = shard.get_slice(name)
+                specs[name] = spec_from_header(name, entry.get_dtype(), entry.get_shape(), file)
+    except (SafetensorError, OSError) as error:
+        raise SourceError(f"{folder / file} is truncated or not safetensors ({error}); download it again") from error
     return specs
 
 

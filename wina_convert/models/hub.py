@@ -24,7 +24,10 @@ from ..format.folder import FOREIGN, SIDECARS, Folder, read_config
 from ..format.names import CONFIG, INDEX, SINGLE
 from ..format.shards import read_index, spec_from_header
 from ..progress import Progress
+from . import adapters
+from .kinds import kind_of
 
+NO_FILE = RemoteEntryNotFoundError
 UNREACHABLE = (OfflineModeIsEnabled, HTTPError, ConnectionError)
 
 
@@ -45,6 +48,10 @@ def explained(model: str, revision: str | None) -> Iterator[None]:
             f"{model} is gated: accept its licence at {_url(model)} and pass --token or run `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
+        if _is_dataset(model):
+            raise SourceError(
+                f"{model} is a dataset on the Hub, not a model; a dataset goes to --calibration"
+            ) from error
         raise SourceError(
             f"{model} is neither a local folder nor a model on the Hub that you can see; check the name, "
             "or pass --token for a private one"
@@ -72,6 +79,32 @@ def fetch_config(model: str, revision: str | None, token: str | None, tqdm_class
     """The folder in the cache into which config.json came."""
     file = huggingface_hub.hf_hub_download(model, CONFIG, revision=revision, token=token, tqdm_class=tqdm_class)
     return Path(file).parent
+
+
+def fetch_adapter(
+    model: str, revision: str | None, token: str | None, tqdm_class: type[Any] | None, scratch: Path | None
+) -> tuple[Path, str]:
+    """The folder into which an adapter came, and its commit; a dry run has it in its scratch folder, for it is small.
+
+    Raises:
+        SourceError: the repository holds no adapter; the message says what it holds.
+    """
+    api = huggingface_hub.HfApi(endpoint=huggingface_hub.constants.ENDPOINT, token=token)
+    found = api.model_info(model, revision=revision)
+    names, commit = [one.rfilename for one in found.siblings or ()], str(found.sha)
+    if adapters.CONFIG not in names:
+        raise SourceError(
+            f"{model} {kind_of(names) or f'has no {CONFIG}; it is not a model that transformers can load'}"
+        )
+    folder = huggingface_hub.snapshot_download(
+        model,
+        revision=commit,
+        token=token,
+        allow_patterns=[adapters.CONFIG, adapters.WEIGHTS],
+        tqdm_class=tqdm_class,
+        local_dir=scratch / "adapter" if scratch else None,
+    )
+    return Path(folder), commit
 
 
 def fetch_weights(
@@ -179,6 +212,15 @@ def _check_download(model: str, folder: Path, token: str | None) -> None:
 
 def _refused(model: str, error: HfHubHTTPError) -> SourceError:
     return SourceError(f"the Hub refused {model}: {one_line(error)}; try again later or check --token")
+
+
+def _is_dataset(name: str) -> bool:
+    """Whether the Hub has a public dataset of this name; where it does not say, no."""
+    api = huggingface_hub.HfApi(endpoint=huggingface_hub.constants.ENDPOINT)
+    try:
+        return api.repo_exists(name, repo_type="dataset")
+    except (OSError, HTTPError, ValueError):
+        return False
 
 
 def _url(model: str) -> str:

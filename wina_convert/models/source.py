@@ -1,16 +1,22 @@
 """Finds the model to convert, on disk or on the Hub, and refuses early what cannot be converted."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ..architectures import ARCHITECTURES, REFUSED
 from ..errors import SourceError
 from ..format.folder import Folder, read_config
+from ..format.names import CONFIG
 from ..format.shards import TensorSpec, read_headers
 from ..format.trust import check_folder, snapshot_of
 from ..progress import Progress, silent
+from .adapters import MERGE_FIRST, Adapter, bind, is_adapter, open_adapter
+from .kinds import kind_of
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CAUSAL_LM = ("ForCausalLM", "LMHeadModel")
@@ -23,14 +29,49 @@ class Source(Folder):
     Attributes:
         revision: commit hash on the Hub; None for a local folder.
         trust_remote_code: whether the user allowed the checkpoint's own code.
+        adapter: the adapter that is merged while tensors are read; name and revision are then its, all else its base's.
     """
 
     revision: str | None = None
     trust_remote_code: bool = False
+    adapter: Adapter | None = None
+
+    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors by key, on the CPU.
+
+        Raises:
+            SourceError: a file cannot be read.
+        """
+        for key, tensor in super().read(keys):
+            yield key, tensor if self.adapter is None else self.adapter.merged(key, tensor)
+
+    def rows(self, key: str, nbytes: int) -> Iterator[Tensor]:
+        """A tensor in slices along its first dimension of about `nbytes`, on the CPU.
+
+        Raises:
+            SourceError: the file cannot be read.
+        """
+        if self.is_stored(key):
+            yield from super().rows(key, nbytes)
+        else:
+            ((_, tensor),) = self.read([key])
+            yield from tensor.split(max(1, nbytes * len(tensor) // tensor.nbytes)) if tensor.dim() else [tensor]
 
     def is_stored(self, key: str) -> bool:
         """Whether a tensor is in the files as it is; else reading makes it."""
-        return True
+        return self.adapter is None or not self.adapter.changes(key)
+
+    def told(self) -> dict[str, Any]:
+        """What report and config.json say of it: name and revision, and the base's where an adapter was merged."""
+        said: dict[str, Any] = {"name": self.name, "revision": self.revision}
+        if self.adapter is not None:
+            said["base"] = {"name": self.adapter.base, "revision": self.adapter.base_revision}
+        return said
+
+    def files(self) -> list[Path]:
+        """The files with weights."""
+        found = [self.path / file for file in sorted({spec.file for spec in self.tensors.values()})]
+        return found if self.adapter is None else [*found, *self.adapter.files]
 
 
 def open_source(
@@ -45,7 +86,7 @@ def open_source(
     """Find a model and check that it can be converted.
 
     Args:
-        model: a local folder or a Hub id.
+        model: a local folder or a Hub id, of a model or of a LoRA adapter, whose base is found then.
         revision: branch, tag or commit on the Hub.
         token: Hub access token; None: the one that `hf auth login` stored.
         trust_remote_code: allow the checkpoint's own Python code.
@@ -57,9 +98,12 @@ def open_source(
     Raises:
         SourceError: it cannot be found, read or supported; the message says why and what to do.
     """
+    how = (token, trust_remote_code, scratch, tqdm_class, progress)
     if Path(model).is_dir():
-        folder = _in_cache(Path(model))
-        return _open_folder(*_named(folder), trust_remote_code)
+        name, folder, commit = _named(_in_cache(Path(model)))
+        if is_adapter(folder):
+            return _onto_base(open_adapter(name, folder, commit), *how)
+        return _open_folder(name, folder, commit, trust_remote_code)
     if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise SourceError(
             f"{model} is not a folder; give the folder that holds config.json, or a Hub id such as org/name"
@@ -67,19 +111,54 @@ def open_source(
     from . import hub  # here: a local folder needs no client of the Hub
 
     with hub.explained(model, revision):
-        if scratch is not None:
-            try:
-                commit, found = hub.fetch_headers(model, revision, token, tqdm_class, _check_config, scratch)
-            except hub.UNREACHABLE as error:
-                if not hub.unreachable(error):
-                    raise
-                path = hub.cached(model, revision)
-                return _open_folder(model, path, path.name, trust_remote_code)
-            _check_tensors(model, found.tensors)
-            return Source(**vars(found), revision=commit, trust_remote_code=trust_remote_code)
-        _check_config(model, read_config(hub.fetch_config(model, revision, token, tqdm_class))[1])  # before the weights
-        path = hub.fetch_weights(model, revision, token, tqdm_class, progress)
-        return _open_folder(model, path, path.name, trust_remote_code)
+        try:
+            return _open_on_hub(model, revision, *how)
+        except hub.NO_FILE:  # no config.json
+            folder, commit = hub.fetch_adapter(model, revision, token, tqdm_class, scratch)
+    return _onto_base(open_adapter(model, folder, commit), *how)
+
+
+def _open_on_hub(
+    model: str,
+    revision: str | None,
+    token: str | None,
+    trust_remote_code: bool,
+    scratch: Path | None,
+    tqdm_class: type[Any] | None,
+    progress: Progress,
+) -> Source:
+    from . import hub
+
+    if scratch is not None:
+        try:
+            commit, found = hub.fetch_headers(model, revision, token, tqdm_class, _check_config, scratch)
+        except hub.UNREACHABLE as error:
+            if not hub.unreachable(error):
+                raise
+            path = hub.cached(model, revision)
+            return _open_folder(model, path, path.name, trust_remote_code)
+        _check_tensors(model, found.tensors)
+        return Source(**vars(found), revision=commit, trust_remote_code=trust_remote_code)
+    _check_config(model, read_config(hub.fetch_config(model, revision, token, tqdm_class))[1])  # before the weights
+    path = hub.fetch_weights(model, revision, token, tqdm_class, progress)
+    return _open_folder(model, path, path.name, trust_remote_code)
+
+
+def _onto_base(adapter: Adapter, *how: Any) -> Source:
+    """An adapter's base with the adapter on it.
+
+    Raises:
+        SourceError: the base cannot be converted, or the two do not fit.
+    """
+    try:
+        base = open_source(adapter.base, adapter.base_revision, *how)
+    except SourceError as error:
+        raise SourceError(f"the base of the adapter {adapter.name}: {error}") from error
+    if base.adapter is not None:
+        raise SourceError(f"the base of the adapter {adapter.name} is an adapter itself; {MERGE_FIRST}")
+    found = replace(adapter, base=base.name, base_revision=base.revision)
+    bound = bind(found, base.tensors, base.config.get("vocab_size"))
+    return replace(base, name=adapter.name, revision=adapter.revision, adapter=bound)
 
 
 def checkpoint_folder(
@@ -127,6 +206,9 @@ def _named(folder: Path) -> tuple[str, Path, str | None]:
 
 
 def _open_folder(name: str, folder: Path, revision: str | None, trust_remote_code: bool) -> Source:
+    kind = None if (folder / CONFIG).exists() else kind_of(path.name for path in folder.iterdir())
+    if kind is not None:
+        raise SourceError(f"{folder} {kind}")
     text, config = read_config(folder)
     _check_config(name, config)
     check_folder(folder)

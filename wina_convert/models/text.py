@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import CalibrationError, OptionError, SourceError, one_line
 from ..format.folder import Folder
 from ..format.trust import check_content
+from .documents import read_documents
 from .source import Source
 
 HELD_OUT = 16  # sequences kept for verification, at most
@@ -112,6 +113,26 @@ def split(packed: Tensor, samples: int, seed: int) -> tuple[Tensor, Tensor]:
     order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(seed))
     held_out = min(HELD_OUT, max(1, len(packed) // 8))
     return packed[order[held_out : held_out + samples]], packed[order[:held_out]]
+
+
+def read_sequences(source: Source, text: str, length: int, wanted: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Calibration and held-out sequences, as `split` returns them, of a calibration text in a model's tokens.
+
+    Args:
+        source: whose tokenizer.
+        text: as the option `calibration` of a conversion.
+        length: tokens of a sequence.
+        wanted: calibration sequences.
+        seed: of the choice.
+
+    Raises:
+        CalibrationError: the text cannot be read or is too short, or the tokenizer is another model's.
+        SourceError: the model has no tokenizer.
+    """
+    documents = read_documents(text)
+    packed = sequences(documents, load_tokenizer(source), length, wanted + HELD_OUT, text)
+    check_vocabulary(packed, source)
+    return split(packed, wanted, seed)
 
 
 def check_vocabulary(tokens: Tensor, folder: Folder) -> None:

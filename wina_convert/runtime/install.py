@@ -1,15 +1,18 @@
 """Turns a plain model into a gated one, in place, and sets what it skips."""
 
 import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import CheckpointError
 from ..format.config import WinaConfig
 from ..format.curve import ascends, starts_at_zero
 from ..format.grid import check_sparsity
-from ..format.names import WEIGHT
+from ..format.names import WEIGHT, WEIGHT_T
 from .linear import DenseLinear, WinaLinear, gated_modules
 
 
@@ -22,7 +25,52 @@ def install(model: nn.Module, config: WinaConfig) -> None:
     Raises:
         CheckpointError: a name matches nothing or something that is not a linear projection.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    for name in _matched(model, config).values():
+        plain: Any = model.get_submodule(name)
+        model.set_submodule(name, _gate_like(plain, config, plain.weight.device))
+    _finish(model, config)
+
+
+def gate(model: nn.Module, config: WinaConfig, tables: Callable[[str, Tensor], Mapping[str, Tensor]]) -> None:
+    """Replace the modules of a loaded model that `config.modules` names by WinaLinears with their weights, one after another.
+
+    Args:
+        model: a plain model with its weights.
+        config: what to gate.
+        tables: from a name of `config.modules` and the transposed weight [in, out] to the other tensors of the projection by
+            their names in a checkpoint: `column_norms`, `thresholds` and, where the config says so, `biases`.
+
+    Raises:
+        CheckpointError: a name matches nothing or something that is not a linear projection.
+    """
+    for gated, name in _matched(model, config).items():
+        plain: Any = model.get_submodule(name)
+        module = _gate_like(plain, config, torch.device("meta"))
+        weight = plain.weight.detach()
+        found = {WEIGHT_T: weight if isinstance(plain, Conv1D) else weight.t().contiguous()}
+        found |= tables(gated, found[WEIGHT_T])
+        if plain.bias is not None:
+            found["bias"] = plain.bias.detach()
+        for leaf, tensor in found.items():
+            setattr(module, leaf, nn.Parameter(tensor.to(weight.device), requires_grad=False))
+        module.train(plain.training)
+        keep_hook(plain, module)
+        model.set_submodule(name, module)
+    _finish(model, config)
+
+
+def keep_hook(old: nn.Module, new: nn.Module) -> None:
+    """Give a module the hook that accelerate gave the one it replaces, which brings inputs to the device of the weight."""
+    if hasattr(old, "_hf_hook"):
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(new, old._hf_hook)
+
+
+def _matched(model: nn.Module, config: WinaConfig) -> dict[str, str]:
+    """The linear module of the model that each name of `config.modules` means."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    found = {}
     for gated in config.modules:
         matches = [
             name for name in linears if name == gated or gated.endswith(f".{name}") or name.endswith(f".{gated}")
@@ -32,19 +80,28 @@ def install(model: nn.Module, config: WinaConfig) -> None:
                 f"config.json gates {gated!r}, which matches {len(matches)} linear projections of this "
                 f"{type(model).__name__}; the checkpoint is damaged or not meant for it"
             )
-        plain = linears[matches[0]]
-        # nn.Linear stores [out, in], Conv1D [in, out]
-        in_features, out_features = plain.weight.shape if isinstance(plain, Conv1D) else plain.weight.shape[::-1]
-        replacement = WinaLinear(
-            in_features,
-            out_features,
-            config.grid,
-            plain.bias is not None,
-            plain.weight.dtype,
-            plain.weight.device,
-            config.biases,
-        )
-        model.set_submodule(matches[0], replacement)
+        found[gated] = matches[0]
+    return found
+
+
+def _gate_like(plain: Any, config: WinaConfig, device: torch.device) -> WinaLinear:
+    """An empty gated projection in place of a linear module."""
+    # nn.Linear stores [out, in], Conv1D [in, out]
+    in_features, out_features = plain.weight.shape if isinstance(plain, Conv1D) else plain.weight.shape[::-1]
+    return WinaLinear(
+        in_features,
+        out_features,
+        config.grid,
+        plain.bias is not None,
+        plain.weight.dtype,
+        device,
+        config.biases,
+        Conv1D if isinstance(plain, Conv1D) else nn.Linear,
+    )
+
+
+def _finish(model: nn.Module, config: WinaConfig) -> None:
+    """What else a gated model has: quick dense projections, and a sentinel that is no surprise in its checkpoint."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = DenseLinear
@@ -56,7 +113,7 @@ def install(model: nn.Module, config: WinaConfig) -> None:
 
 
 def configure(model: nn.Module, config: WinaConfig) -> None:
-    """Set sparsity and prefill of every gated projection from the config; the weights are loaded.
+    """Freeze every gated projection, and set its sparsity and prefill from the config; the weights are loaded.
 
     Raises:
         CheckpointError: norms, thresholds or biases are no such numbers.
@@ -71,6 +128,8 @@ def configure(model: nn.Module, config: WinaConfig) -> None:
                 f"{name}: column norms are not finite and positive, thresholds not ascending from 0, or biases not finite from "
                 "0; the checkpoint is damaged: get or convert it again"
             )
+        for parameter in module.parameters():  # transformers makes what it loads trainable
+            parameter.requires_grad_(False)
         module.dense_prefill = config.prefill == "dense"
         module.set_sparsity(config.sparsity or 0.0)
 

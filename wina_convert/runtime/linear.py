@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import OptionError
 from ..format.curve import threshold_at
 from ..format.names import BIASES, COLUMN_NORMS, THRESHOLDS
-from .kernels import dense_linear, gated_linear, gated_linears
+from .kernels import dense_linear, gated_linear, gated_linears, refuse_graph
 from .rule import cutoffs
 
 EXACT = (COLUMN_NORMS, THRESHOLDS, BIASES, "tau")  # stay float32 when the model is cast
@@ -48,10 +48,12 @@ class WinaLinear(nn.Module):
         dense_prefill: compute calls with several tokens a sequence without skipping.
         siblings: projections that are called after this one with the same x; this one computes their products too, where
             that is faster, and leaves the results in `HANDOVER`. `grouping.group` sets them.
+        plain: the class that it replaces, `nn.Linear` or `Conv1D`.
     """
 
     # Tensor parallelism of transformers hands a module local shards only where it asks for them.
     _hf_quantized_needs_local_tp = True
+    __prepare_scriptable__ = refuse_graph  # torch.jit.script asks for it
 
     def __init__(
         self,
@@ -62,9 +64,11 @@ class WinaLinear(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         biases: bool = False,
+        plain: type[nn.Module] = nn.Linear,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self.plain = plain
         self.grid = tuple(grid)
         self.sparsity = 0.0
         self.dense_prefill = False

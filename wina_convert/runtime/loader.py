@@ -27,20 +27,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+SPLIT = (
+    "a model that is split among processes cannot be gated while it is loaded: a column norm is taken over the whole column, and "
+    "calibration runs whole layers; convert it with wina-convert and load that"
+)
+
+
 class WinaQuantizer(HfQuantizer):
     """Builds and finishes the gated model inside `from_pretrained`."""
 
     quantization_config: WinaConfig
+    read_from: Path | None = None  # the folder of a plain model
     chosen_attention = False  # whether the caller named one, which is never replaced
     folder: Path | None = None  # that the weights came from
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if not self.pre_quantized:
+        if not self.pre_quantized and self.quantization_config.gating is None:
             raise CheckpointError(
-                "WinaConfig was given for a model that is not a WINA checkpoint; convert it first with wina-convert"
+                "WinaConfig was given for a model that is not a WINA checkpoint; convert it first with wina-convert, or give "
+                'calibration="bundled" or thresholds=CHECKPOINT to gate it now'
             )
 
     def update_attn_implementation(self, config: Any) -> Any:
+        if not self.pre_quantized and getattr(config, "distributed_config", None) is not None:
+            raise CheckpointError(SPLIT)
         self.chosen_attention = config._attn_implementation is not None
         return accept(config)
 
@@ -49,6 +59,9 @@ class WinaQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
+        if not self.pre_quantized:
+            self.read_from = Path(checkpoint_files[0]).parent if checkpoint_files else None
+            return
         install(model, self.quantization_config)
         if checkpoint_files:  # None where the caller passed a state dict
             check_files(model, checkpoint_files)
@@ -57,6 +70,8 @@ class WinaQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from . import attention  # here, because transformers imports this module before it is complete
 
+        if not self.pre_quantized:
+            self._gate(model)
         configure(model, self.quantization_config)
         group(model)
         attention.use(model, not self.chosen_attention)
@@ -64,6 +79,27 @@ class WinaQuantizer(HfQuantizer):
             if hasattr(module, "save_pretrained"):  # a part of the model that is saved alone needs the sentinel too
                 module.hf_quantizer = self  # type: ignore[assignment]
         own(model)
+        return model
+
+    def _gate(self, model: Any) -> None:
+        """Gate a plain model that was loaded; from now on it is as one of a checkpoint."""
+        from .. import gate  # through the door of the package: what calibrates is above this room
+
+        if getattr(model, "_tp_size", None) or getattr(model, "_device_mesh", None) is not None:
+            raise CheckpointError(SPLIT)
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise CheckpointError(
+                "a model with offloaded weights cannot be gated while it is loaded; convert it with wina-convert and load that"
+            )
+        self.quantization_config = model.config.quantization_config = gate(
+            model, self.read_from, self.quantization_config
+        )
+        self.pre_quantized = True
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        from .restore import restore  # here, because transformers imports this module before it is complete
+
+        restore(model, dtype)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -75,7 +111,7 @@ class WinaQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # adapters are: to a Trainer this means that it may train those
 
     @property
     def is_compileable(self) -> bool:

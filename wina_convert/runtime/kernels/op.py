@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ...errors import OptionError
 from ..rule import dropped
 from . import cpu, cuda, reference
 
@@ -27,6 +28,11 @@ class Product:
     kernels: Mapping[str, Callable[..., Tensor]]
 
 
+NO_GRAPH = (
+    "a gated model cannot be traced to TorchScript or ONNX, which have no product that skips inputs; take the dense model: run "
+    "`wina export DIR --out DENSE` and load that, or call model.dequantize() first"
+)
+
 # The op for each way in which a weight is stored. To add a kernel, add its device; to add a packed weight, add a product.
 PRODUCTS = {
     # [in, out]: an input that is skipped is a row that is not read
@@ -44,8 +50,19 @@ PRODUCTS = {
 }
 
 
+def refuse_graph(*args: Any) -> Any:
+    """What is called where a gated model is to become a graph that cannot hold it.
+
+    Raises:
+        OptionError: always.
+    """
+    raise OptionError(NO_GRAPH)
+
+
 def _fake(outputs: int) -> Callable[..., Tensor]:
     def empty(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+        if torch.onnx.is_in_onnx_export():
+            refuse_graph()
         torch._check(x.device == weight.device, lambda: f"x is on {x.device} and the weight on {weight.device}")
         return x.new_empty((*x.shape[:-1], weight.shape[outputs]))
 
@@ -57,6 +74,9 @@ for name, product in PRODUCTS.items():
     torch.library.define(name, product.schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device, kernel in product.kernels.items():
         torch.library.impl(name, device, kernel)
+    torch.library.impl(
+        name, "Tracer", refuse_graph
+    )  # torch's name for what torch.jit.trace and the older ONNX exporter record with
     torch.library.register_fake(name, _fake(product.outputs))
 
 _gated_linear = torch.ops.wina.gated_linear.default

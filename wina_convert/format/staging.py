@@ -1,11 +1,12 @@
-"""Where a conversion lives until it is complete: a hidden folder beside the target, locked, resumable, published by a rename.
+"""Where a folder lives until it is complete: a hidden one beside the target, locked, resumable, published by a rename.
 
-A reader never sees half a checkpoint. A killed process leaves the hidden folder with everything up to its last snapshot, and
+A reader never sees half a model. A killed process leaves the hidden folder with everything up to its last snapshot, and
 a lock that dies with it.
 """
 
 import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, WinaError
-from ..format.durable import replacing, sync
-from ..format.names import REPORT, SNAPSHOT
+from .durable import replacing, sync
+from .names import REPORT, SNAPSHOT
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,9 @@ def staged(out: Path, identity: Mapping[str, Any], resume: bool, keep: bool, ove
         check_replaceable(out, overwrite)  # hours later
         _publish(folder, target)
     except Timeout as error:
-        raise CheckpointError(f"another conversion to {out} is running; wait for it or choose another --out") from error
+        raise CheckpointError(
+            f"another conversion to {out} is running, or an export; wait for it or choose another --out"
+        ) from error
     except BaseException as error:
         kept = kept or (keep and not isinstance(error, WinaError) and (folder / SNAPSHOT).exists())
         unfinished = kept and lock.is_locked and (folder / SNAPSHOT).exists()
@@ -129,6 +132,42 @@ def staged(out: Path, identity: Mapping[str, Any], resume: bool, keep: bool, ove
         for parent in new_parents:
             with suppress(OSError):
                 parent.rmdir()  # only where nothing came
+
+
+def check_target(out: Path, model: str, overwrite: bool) -> None:
+    """Refuse a target that cannot or must not be written, before anything is spent.
+
+    Raises:
+        CheckpointError: it exists (without `overwrite`), is not a WINA checkpoint (with it), lies in the source or holds it, or
+            the folder it goes into cannot be written.
+    """
+    try:
+        target = out.resolve()
+        hidden(target).exists()  # its name is the longest
+    except OSError as error:
+        raise unwritable(out, error) from error
+    source = Path(model).resolve()
+    if Path(model).is_dir() and (target == source or source in target.parents or target in source.parents):
+        raise CheckpointError(f"{out} and the source {model} lie one inside the other; choose another --out")
+    check_replaceable(out, overwrite)
+    nearest = next(parent for parent in target.parents if parent.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise CheckpointError(f"{out} cannot be written: {nearest} is read-only or no folder; choose another --out")
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Refuse when the disk of the target has less free space than a conversion needs, in bytes.
+
+    Raises:
+        CheckpointError: it has less, what an unfinished conversion to this target holds already counted as free.
+    """
+    folder = next(parent for parent in out.resolve().parents if parent.exists())
+    unfinished = (path for path in hidden(out.resolve()).rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free + sum(path.stat().st_blocks * 512 for path in unfinished)
+    if free < needed:
+        raise CheckpointError(
+            f"{out} needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; free some, or choose another --out"
+        )
 
 
 def check_replaceable(out: Path, overwrite: bool) -> None:
@@ -156,8 +195,8 @@ def _begin(out: Path, folder: Path, identity: Mapping[str, Any], resume: bool, o
         found, snapshot = _read_snapshot(folder / SNAPSHOT)
         if not resume:
             raise CheckpointError(
-                f"an unfinished conversion to {out} is there, {snapshot.layers} layers done; pass --resume to continue it, or "
-                "--overwrite to start anew"
+                f"an unfinished conversion to {out} is there, {snapshot.layers} layers done; convert with --resume to "
+                "continue it, or with --overwrite to start anew"
             )
         if changed := difference(found, identity):
             raise CheckpointError(
