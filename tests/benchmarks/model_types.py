@@ -46,7 +46,11 @@ WRAPPERS = (
 )
 # where a type's default config leaves out what every released model of it says
 MISSING: dict[str, dict[str, Any]] = {
-    **{name: {"head_dim": 128} for name in ("hunyuan_v1_dense", "ministral", "nemotron")},
+    **{name: {"head_dim": 128} for name in ("hunyuan_v1_dense", "ministral")},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
+    "emu3": {"vocabulary_map": {"<|extra_200|>": 9, "<image>": 7}},
+    "nemotron": {"head_dim": 128, "num_attention_heads": 48, "num_key_value_heads": 8},
+    "xmod": {"default_language": "en_XX"},
     **{
         name: {
             "text_config": {

@@ -102,6 +102,16 @@ def test_the_verbs_work(kind: str, folders: Any, tmp_path: Path) -> None:
     assert torch.equal(seen(again, {"input_ids": random_prompt(3)}), at_a_quarter)
 
 
+@pytest.mark.parametrize(
+    ("kind", "loader"), [("gemma3", "AutoModelForCausalLM"), ("qwen3_5", "AutoModelForImageTextToText")]
+)
+def test_the_card_tells_what_loads_it(kind: str, loader: str, folders: Any) -> None:
+    card = (folders(kind)[1] / "README.md").read_text("utf-8")
+    assert f"model = {loader}.from_pretrained(" in card
+    assert f"import AutoTokenizer, {loader}" in card
+    assert "pipeline_tag: image-text-to-text" in card
+
+
 def test_a_default_sparsity_is_changed_in_place(folders: Any, tmp_path: Path) -> None:
     dense, _ = folders("gemma3")
     convert(dense, tmp_path / "gated")

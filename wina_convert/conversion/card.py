@@ -9,6 +9,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..format.default import default_line
 from ..format.names import CARD
 from ..models.source import Source
+from ..models.stream import model_config
+from ..runtime.classes import auto_class
 
 TAGS = ("wina", "activation-sparsity")
 
@@ -27,9 +29,9 @@ pip install wina-convert
 ```
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, {loader}
 
-model = AutoModelForCausalLM.from_pretrained("{here}")
+model = {loader}.from_pretrained("{here}")
 tokenizer = AutoTokenizer.from_pretrained("{here}")
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
@@ -119,11 +121,13 @@ def write_card(folder: Path, source: Source, report: dict[str, Any], pictures: M
     """
     kept = source_metadata(source)
     on_hub = source.revision is not None
+    config = model_config(source)
+    images = config.get_text_config() is not config
     data = ModelCardData(
         base_model="/".join(source.name.split("/")[:2]) if on_hub else None,  # without a subfolder
         base_model_relation="quantized" if on_hub else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if images else "text-generation",
         tags=list(dict.fromkeys([*kept.pop("tags", []), *TAGS])),
         **kept,
     )
@@ -136,6 +140,7 @@ def write_card(folder: Path, source: Source, report: dict[str, Any], pictures: M
         default=default_line(held_out["sparsity"], reads["dense"], reads["gated"]),
         basis=UNCHANGED if report["basis"]["kind"] == "none" else TURNED,
         tuned=_tuned(report.get("tuning")),
+        loader=auto_class(config).__name__,
         title=f"{source.name.rpartition('/')[2]}-wina",
         base=source.name,
         link=_address(source) if on_hub else ".",

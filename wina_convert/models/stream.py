@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..architectures import Architecture
 from ..errors import SourceError, one_line
@@ -33,6 +33,16 @@ from .structure import for_text
 Reader = Callable[[Iterable[str]], Iterable[tuple[str, Tensor]]]
 
 
+def model_config(folder: Folder) -> PreTrainedConfig:
+    """A folder's config as transformers has it."""
+    if isinstance(folder, Source) and folder.trust_remote_code and "auto_map" in folder.config:
+        place = folder.path if folder.path.is_absolute() or folder.revision is None else folder.name
+        found: PreTrainedConfig = AutoConfig.from_pretrained(place, revision=folder.revision, trust_remote_code=True)
+        return found
+    kind = CONFIG_MAPPING[folder.config["model_type"]]
+    return kind.from_dict(kind._decode_special_floats(folder.config))  # an infinite time step is stored as an object
+
+
 def build_skeleton(folder: Folder, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a folder's config on the meta device, to compute in `dtype`.
 
@@ -41,15 +51,7 @@ def build_skeleton(folder: Folder, dtype: torch.dtype) -> PreTrainedModel:
     """
     trusted = isinstance(folder, Source) and folder.trust_remote_code
     try:
-        if trusted and "auto_map" in folder.config:
-            revision = folder.revision if isinstance(folder, Source) else None
-            place = folder.path if folder.path.is_absolute() or revision is None else folder.name
-            config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=True)
-        else:
-            kind = CONFIG_MAPPING[folder.config["model_type"]]
-            config = kind.from_dict(
-                kind._decode_special_floats(folder.config)
-            )  # an infinite time step is stored as an object
+        config = model_config(folder)
         if config.get_text_config().num_hidden_layers > MAX_LAYERS:
             raise ValueError(f"{config.get_text_config().num_hidden_layers} layers")
         with torch.device("meta"):

@@ -125,6 +125,8 @@ def find_projections(
             key = keys.get(f"{name}.{WEIGHT}", "").removesuffix(f".{WEIGHT}")
             if not isinstance(module, (nn.Linear, Conv1D)) or not key:
                 raise SourceError(f"{folder.name} has no plain weight for {name}; this variant is not supported")
+            if f".{key}".partition(f".{index}.")[2] != short:  # a reader could not tell which it is
+                raise SourceError(f"{folder.name} calls {name} {key!r} in its files, which is not supported")
             spec = folder.tensors[f"{key}.{WEIGHT}"]
             expected = tuple(model.get_parameter(f"{name}.{WEIGHT}").shape)
             if spec.shape != expected:

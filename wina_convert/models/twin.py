@@ -29,9 +29,9 @@ SECTIONS = ("mrope_section",)  # of these pairs, how many tell of time, height a
 _WIDTH = re.compile(
     r"(\w+_)?(hidden|intermediate|ffn|mlp|embed|embedding|model)_(\w+_)?(size|dim)|(hidden|intermediate)_size_\w+"
     r"|(\w+_)?(head_dim|lora_rank)|d_model|n_embd|n_inner|d_ff|dff|dim_ff|d_kv|dim_head|kv_channels|rotary_dim|lru_width|rope_dim"
-    r"|mamba_(d_head|headdim|d_ssm)"
+    r"|mamba_(d_head|headdim|d_ssm|d_state)|d_head"
 )
-_WINDOW = re.compile(r"(\w+_)?(sliding_window|window_size|attention_chunk_size)(_\w+)?")
+_WINDOW = re.compile(r"(\w+_)?(sliding_window|window_size|(attention|mamba)_chunk_size)(_\w+)?")
 _TOKEN = re.compile(r"(\w+_)?token_(id|index)")
 _DEPTH = re.compile(r"depth|(\w+_)?layers")  # of a part that is not for text
 _LEFT_OUT = ("architectures", "auto_map", "transformers_version", "dtype", "torch_dtype", "quantization_config")
@@ -86,20 +86,14 @@ def shrink(config: PreTrainedConfig, layers: int, kept: int, vocabulary: int = V
 
     Of a model of more than text the text part becomes narrow, and every other part keeps its widths and one layer.
     """
-    if (text := config.get_text_config()) is not config:
-        parts = {name: part for name in config.sub_configs if (part := getattr(config, name, None)) is not None}
-        small = {
-            name: shrink(part, layers, kept, vocabulary) if part is text else _shallow(part)
-            for name, part in parts.items()
-        }
-        own: dict[str, Any] = {
-            name: min(value, vocabulary - 1) if _TOKEN.fullmatch(name) and type(value) is int else value
-            for name, value in config.to_dict().items()
-            if name not in (*_LEFT_OUT, *parts)
-        }
-        return type(config)(**own | small)
-    fields = {name: value for name, value in config.to_dict().items() if name not in _LEFT_OUT}
-    factor = _factor(config, fields)
+    text = config.get_text_config()
+    parts = {name: part for name in config.sub_configs if (part := getattr(config, name, None)) is not None}
+    small = {
+        name: shrink(part, layers, kept, vocabulary) if part is text else _shallow(part) for name, part in parts.items()
+    }
+    left_out = (*_LEFT_OUT, *parts)
+    fields = {name: value for name, value in config.to_dict().items() if name not in left_out}
+    factor = _factor(config, fields) if text is config else 1
     counts = {*LAYERS, config.attribute_map.get("num_hidden_layers", "")}
 
     def shrunk(name: str, value: Any) -> Any:
@@ -123,7 +117,7 @@ def shrink(config: PreTrainedConfig, layers: int, kept: int, vocabulary: int = V
             return min(value, vocabulary)
         return min(value, vocabulary - 1) if _TOKEN.fullmatch(name) else value
 
-    return type(config)(**{name: shrunk(name, value) for name, value in fields.items()})
+    return type(config)(**{name: shrunk(name, value) for name, value in fields.items()} | small)
 
 
 def _shallow(config: PreTrainedConfig) -> PreTrainedConfig:
