@@ -7,7 +7,7 @@ against the dense model at sparsity 0; at 50% each product, of a prompt and of g
 conversion refuses is listed with its message; anything else that goes wrong is "wrong".
 
 The rows of the types that were run replace those in `model_types.md` beside this file as soon as each is done; `--rest` runs the
-types that have no row yet. Without types all of them are run, which takes some 15 minutes on two cores (`--jobs 2`).
+types that have no row yet, so an interrupted run goes on where it stopped. Without types all of them are run.
 """
 
 import os
@@ -37,6 +37,7 @@ from wina_convert.errors import WinaError, one_line
 
 TABLE = Path(__file__).with_suffix(".md")
 BEGIN, END = "<!-- begin: written by model_types.py -->", "<!-- end -->"
+UNTRIED = "untried"  # a row that waits for a run
 ROW = re.compile(r"\| `(.+?)` \| (\w+) \| (.*) \|")
 
 # models of images and text that transformers has no causal language model of
@@ -89,13 +90,14 @@ def outcome(model_type: str) -> tuple[str, str]:
 
 
 def rows() -> dict[str, tuple[str, str]]:
-    """Outcome and reason by type, as the table has them."""
-    return {found[1]: (found[2], found[3].strip()) for found in ROW.finditer(TABLE.read_text("utf-8"))}
+    """Outcome and reason by type, as the table has them; not of those that were never run."""
+    found = {row[1]: (row[2], row[3].strip()) for row in ROW.finditer(TABLE.read_text("utf-8"))}
+    return {name: row for name, row in found.items() if row[0] != UNTRIED}
 
 
 def write(found: dict[str, tuple[str, str]]) -> None:
     """Put rows into the table; those that it has of other types stay."""
-    merged = {**rows(), **found}
+    merged = {**dict.fromkeys(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, (UNTRIED, "")), **rows(), **found}
     known = {name: merged[name] for name in sorted(merged) if name in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *WRAPPERS)}
     counts = Counter(verdict for name, (verdict, _) in known.items() if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     lines = [
