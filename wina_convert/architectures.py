@@ -124,7 +124,30 @@ DENSE = {
 }
 
 RECURRENT = "it has recurrent state only, whose kernels read the weights past the modules"
-REFUSED = {"mamba": RECURRENT, "mamba2": RECURRENT, "falcon_mamba": RECURRENT, "rwkv": RECURRENT, "xlstm": RECURRENT}
+SHARED = "its later layers take keys and values of earlier ones, which a conversion of a layer at a time does not have"
+SOUND = "it writes codes of sound and no text"
+DRAFTS = "it drafts for another model, whose keys and values it reads"
+
+# Types that cannot be converted, and why.
+REFUSED = {
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"), RECURRENT),
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), SHARED),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), SOUND),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), DRAFTS),
+    **dict.fromkeys(("zamba", "zamba2"), "its layers share the weights of one transformer block"),
+    "blt": "it reads bytes with three transformers, none of which has the decoder layers alone",
+    "hrm_text": "it runs two lists of layers over and over, and not each layer once",
+    "cpmant": "it puts states of its own before those of a text",
+    "lfm3": "its files call some projections otherwise than the model does",
+    "mllama": "some of its layers run for images alone",
+    "olmo_hybrid": "its files hold in three tensors what the model joins to one",
+    "prophetnet": "it predicts several tokens at once, in streams beside its hidden states",
+    "reformer": "its layers are reversible and pass on two hidden states",
+    "xlm": "its layers are parts in lists beside each other, and no modules of their own",
+    "xlnet": "its hidden states are by position first and not by sequence",
+}
+# Fields of a config that, where they are set, keep a model of any type from being converted, and why.
+HINDRANCES = {"num_kv_shared_layers": SHARED}
 
 PRE_NORM = Residual(
     readers=(

@@ -37,7 +37,7 @@ def gates() -> dict[str, WinaLinear]:
 
 
 def run_of(gates: dict[str, WinaLinear]) -> Any:
-    def run(hidden: Tensor) -> Tensor:
+    def run(hidden: Tensor, number: int = 0) -> Tensor:
         with torch.no_grad():
             return torch.cat([gate(hidden) for gate in gates.values()], -1)
 
@@ -122,7 +122,7 @@ def test_a_move_skips_as_many_weights_whichever_projection_makes_it(gates: dict[
 
 
 def test_a_layer_that_gates_nothing_passes_the_states_on():
-    shares, outputs = divide_layer(lambda hidden: hidden + 1, {}, STATES, 16)
+    shares, outputs = divide_layer(lambda hidden, number: hidden + 1, {}, STATES, 16)
     assert shares == {}
     assert torch.equal(outputs[1], STATES[1] + 1)
 
@@ -135,6 +135,6 @@ def test_an_activation_that_is_no_number_is_refused(gates: dict[str, WinaLinear]
 def test_the_work_is_known_beforehand(gates: dict[str, WinaLinear]):
     calls = []
     run = run_of(gates)
-    divide_layer(lambda hidden: calls.append(1) or run(hidden), gates, STATES[:1], 16)
+    divide_layer(lambda hidden, number: calls.append(1) or run(hidden), gates, STATES[:1], 16)
     expected = moves_of([gate.in_features * gate.out_features for gate in gates.values()], 16)
     assert 0.6 * expected < len(calls) < 1.2 * expected

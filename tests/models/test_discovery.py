@@ -65,6 +65,7 @@ def test_a_subclass_that_computes_something_else_stays_dense(monkeypatch: pytest
         ("xlm", "transformer.attentions and .* for its 12 decoder layers"),
         ("qwen2_moe", "mixture of experts"),
         ("mamba", "state-space block"),
+        ("gemma3n_text", "num_kv_shared_layers in its config is not supported: its later layers take keys and values"),
     ],
 )
 def test_what_cannot_be_gated_is_refused_with_the_reason(model_type: str, why: str) -> None:

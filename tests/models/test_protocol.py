@@ -23,7 +23,7 @@ class Words:
 
 
 def folder(context: int) -> Any:
-    return SimpleNamespace(config={"max_position_embeddings": context}, name="here", path=Path("here"))
+    return SimpleNamespace(text_config={"max_position_embeddings": context}, name="here", path=Path("here"))
 
 
 def numbers(first: int, last: int) -> str:

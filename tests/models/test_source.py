@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from support.commands import SMALL, contents, refused, run, succeeded
 from support.families import make_model
 from wina_convert.conversion.plan import make_plan
-from wina_convert.errors import WinaError
+from wina_convert.errors import SourceError, WinaError
 from wina_convert.models.source import open_source
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -104,8 +104,8 @@ def as_quantized(method: str) -> Damage:
 # What config.json and the headers show, so that a dry run sees it as well.
 SEEN_EARLY = {
     "pictures": (
-        config(architectures=["LlavaForConditionalGeneration"], vision_config={"hidden_size": 8}),
-        ("takes more than text", "LlavaForConditionalGeneration", "a model of text alone"),
+        config(model_type="clip", architectures=["CLIPModel"], vision_config={"hidden_size": 8}),
+        ("takes more than text", "CLIPModel", "nor as one of images and text"),
     ),
     "no config": (lambda folder: (folder / "config.json").unlink(), ("config.json", "give the folder")),
     "config is a folder": (
@@ -359,3 +359,10 @@ def test_a_file_with_any_byte_of_its_header_changed_makes_a_plan_or_is_refused(
     (folder / "config.json").symlink_to(good / "config.json")
     with contextlib.suppress(WinaError):
         assert make_plan(open_source(str(folder))).projections
+
+
+@pytest.mark.parametrize("fields", [{"hidden_size": 1 << 30}, {"num_hidden_layers": 100_000}])
+def test_sizes_of_the_parts_of_a_config_are_bounded_too(fields: dict[str, int], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": fields}))
+    with pytest.raises(SourceError, match=rf"{next(iter(fields))} in config.json is \d+; at most"):
+        open_source(str(tmp_path))

@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from support import TINY
 from wina_convert.models.twin import make_twin, random_weights
+from wina_convert.runtime.classes import auto_class
 
 WINDOW = 16  # shorter than the calibration sequences, so that it matters
 
@@ -140,7 +141,7 @@ def make_type(model_type: str, folder: Path, **changes: Any) -> Path:
     """
     config = CONFIG_MAPPING[model_type](**changes)
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        skeleton = auto_class(config).from_config(config, dtype=torch.float32)
     return save(make_twin(skeleton, vocabulary=TOKENS["vocab_size"]), folder)
 
 

@@ -6,8 +6,7 @@ import struct
 import numpy as np
 
 ELEMENTS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-FIELDS = "quant_method format_version sparsity prefill grid modules scheme allocation basis calibration source"
-KNOWN = {*FIELDS.split(), "tool_version", "shares", "biases"}
+FIELDS = "quant_method format_version sparsity prefill grid modules scheme allocation shares biases basis calibration"
 
 
 def refuse(wrong, what):
@@ -21,7 +20,7 @@ class Reader:
         with open(f"{folder}/config.json", encoding="utf-8") as file:
             block = json.load(file).get("quantization_config") or {}
         refuse(block.get("quant_method") != "wina" or block.get("format_version") not in (1, 2), "not WINA 1 or 2")
-        refuse(set(block) - KNOWN, "unknown fields")
+        refuse(set(block) - {*FIELDS.split(), "source", "tool_version"}, "unknown fields")
         self.sparsity, self.grid = block.get("sparsity") or 0.0, block.get("grid", [k / 20 for k in range(20)])
         refuse(self.grid[0] or self.grid[-1] > 1 or self.grid != sorted(set(self.grid)), "no ascending grid")
         try:
@@ -46,7 +45,8 @@ class Reader:
         s, grid = self.sparsity if sparsity is None else sparsity, self.grid
         refuse(not 0 <= s <= min(0.95, grid[-1]), "the sparsity is out of range")
         keys = [key.removesuffix(".weight_t") for key in self.tensors if key.endswith(".weight_t")]
-        (p,) = [module] if module in keys else [key for key in keys if module.endswith(f".{key}")]
+        tail = next((module[module.index(f".{n}.") :] for n in module.split(".") if n.isdigit()), " ")
+        (p,) = [module] if module in keys else [k for k in keys if module.endswith(f".{k}") or k.endswith(tail)]
         weight_t, norms, curve = (self.tensor(f"{p}.{leaf}") for leaf in ("weight_t", "column_norms", "thresholds"))
         table = np.column_stack([curve, self.tensor(f"{p}.biases") if f"{p}.biases" in self.tensors else 0 * curve])
         refuse(not np.isfinite(norms).all() or (norms < 0).any(), "no column norms")

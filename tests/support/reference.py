@@ -5,19 +5,22 @@ thresholds from the checkpoint's files. A score within rounding of its threshold
 take the first prompt for which the reference finds none.
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 import wina_convert
 from support.folders import config_of, tensors_of, threshold_of
+from wina_convert.runtime.classes import auto_class
 
 SAMPLES, LENGTH, NEW = 8, 64, 10
+PLACE = re.compile(r"\.(\d+\..+)")
 EDGE = 1e-6  # of the largest score: a multiple of float32's rounding
 
 
@@ -42,12 +45,23 @@ class Reference:
         return sum(shares) / sum(self.weights.values())
 
 
+def dense_model(folder: Path) -> Any:
+    """The dense model, by transformers alone."""
+    return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
+
+
+def curve_of(name: str, curves: dict[str, Any]) -> Any:
+    """What the checkpoint holds of a projection, whatever comes before the index of the layer there."""
+    (found,) = [curve for key, curve in curves.items() if PLACE.search(key)[1] == PLACE.search(name)[1]]
+    return found
+
+
 def reference(dense: Path, gated: Path, sparsity: float) -> Reference:
-    made = Reference(AutoModelForCausalLM.from_pretrained(dense))
+    made = Reference(dense_model(dense))
     curves = {key.removesuffix(".thresholds"): t for key, t in tensors_of(gated).items() if key.endswith(".thresholds")}
 
     def watch(name: str, module: torch.nn.Module) -> None:
-        curve = next(curve for key, curve in curves.items() if name == key or name.endswith(f".{key}"))
+        curve = curve_of(name, curves)
         threshold = threshold_of(gated, curve, sparsity)
         norms = module.weight.detach().double().norm(dim=1 if isinstance(module, Conv1D) else 0)
         made.skipped[name], made.inputs[name], made.weights[name] = 0, 0, module.weight.numel()
@@ -69,7 +83,7 @@ def reference(dense: Path, gated: Path, sparsity: float) -> Reference:
 
 @torch.no_grad()
 def logits(model: Any, prompt: Tensor) -> Tensor:
-    return model(prompt).logits.float()
+    return model(input_ids=prompt).logits.float()
 
 
 def greedy(model: Any, prompt: Tensor) -> list[list[int]]:
@@ -102,7 +116,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 
 
 def assert_dense_at_0(dense: Path, gated: Path) -> None:
-    expected = logits(AutoModelForCausalLM.from_pretrained(dense), random_prompt(1))
+    expected = logits(dense_model(dense), random_prompt(1))
     assert_close(logits(wina_convert.load(str(gated), sparsity=0.0), random_prompt(1)), expected)
 
 
@@ -118,7 +132,7 @@ def assert_each_product_follows_the_rule(dense: Path, gated: Path, sparsity: flo
 
     For models with so many scores that some always lie at a threshold: what those inputs may contribute is allowed for.
     """
-    plain = AutoModelForCausalLM.from_pretrained(dense)
+    plain = dense_model(dense)
     curves = {key.removesuffix(".thresholds"): t for key, t in tensors_of(gated).items() if key.endswith(".thresholds")}
     model = wina_convert.load(str(gated), sparsity=sparsity)
     called = set()
@@ -141,7 +155,7 @@ def assert_each_product_follows_the_rule(dense: Path, gated: Path, sparsity: flo
     for name in names:
         module = plain.get_submodule(name)
         weight = module.weight.detach().double()
-        curve = next(curve for key, curve in curves.items() if name == key or name.endswith(f".{key}"))
+        curve = curve_of(name, curves)
         bias = None if module.bias is None else module.bias.detach().double()
         hook = watch(
             name, weight.t() if isinstance(module, Conv1D) else weight, bias, threshold_of(gated, curve, sparsity)

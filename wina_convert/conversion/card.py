@@ -11,6 +11,8 @@ from ..format.default import default_line
 from ..format.names import CARD
 from ..format.shards import read_headers
 from ..models.source import Source
+from ..models.stream import model_config
+from ..runtime.classes import auto_class
 
 TAGS = ("wina", "activation-sparsity")
 
@@ -29,9 +31,9 @@ pip install wina-convert
 ```
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, {loader}
 
-model = AutoModelForCausalLM.from_pretrained("{here}")
+model = {loader}.from_pretrained("{here}")
 tokenizer = AutoTokenizer.from_pretrained("{here}")
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
@@ -135,11 +137,13 @@ def write_card(folder: Path, source: Source, report: dict[str, Any], pictures: M
     based_on = ["/".join(source.name.split("/")[:2])] if on_hub else []  # without a subfolder
     if source.adapter and source.adapter.base_revision:
         based_on.append("/".join(source.adapter.base.split("/")[:2]))
+    config = model_config(source)
+    images = config.get_text_config() is not config
     data = ModelCardData(
         base_model=(based_on if len(based_on) > 1 else based_on[0]) if based_on else None,
         base_model_relation="quantized" if based_on else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if images else "text-generation",
         tags=list(dict.fromkeys([*kept.pop("tags", []), *TAGS])),
         model_name=title,
         eval_results=_results(report),
@@ -156,6 +160,7 @@ def write_card(folder: Path, source: Source, report: dict[str, Any], pictures: M
         basis=UNCHANGED if report["basis"]["kind"] == "none" else TURNED,
         tuned=_tuned(report.get("tuning")),
         title=title,
+        loader=auto_class(config).__name__,
         base=source.name,
         link=_address(source) if on_hub else ".",
         here=HERE,

@@ -16,7 +16,7 @@ from ..format.shards import TensorSpec, sentinel
 from ..models.discovery import architecture_of
 from ..models.source import Source
 from ..models.stream import build_skeleton
-from ..models.structure import Projection, find_projections, lookup_bytes
+from ..models.structure import Projection, find_projections, not_read
 from ..models.tensors import check_stored
 from ..runtime.keys import checkpoint_keys
 from .weights import Step, planned_headers, steps_of
@@ -40,7 +40,7 @@ class ConversionPlan:
         n_layers: how many there are.
         layer_bytes: the largest decoder layer of the source.
         embedding_bytes: everything outside the decoder layers.
-        dense_bytes_per_token: bytes of weights the source reads for a token, embedding lookups aside.
+        dense_bytes_per_token: bytes of weights the source reads for a token of text, embedding lookups aside.
         hidden_size: features of the hidden states between the layers.
         family: what is known of the model's structure.
     """
@@ -123,6 +123,7 @@ def make_plan(
         if place and place[0] == path:
             layers[place[1]] = layers.get(place[1], 0) + stored_bytes[key]
     outside = sum(stored_bytes[key] for name, key in keys.items() if not name.startswith(f"{path}."))
+    unread = sum(stored_bytes[keys[name]] for name in not_read(model, keys))
     return ConversionPlan(
         projections=chosen,
         scheme=SCHEMES[scheme],
@@ -135,7 +136,7 @@ def make_plan(
         n_layers=len(layers),
         layer_bytes=max(layers.values()),
         embedding_bytes=outside,
-        dense_bytes_per_token=sum(layers.values()) + outside - lookup_bytes(model, keys, stored_bytes),
+        dense_bytes_per_token=sum(layers.values()) + outside - unread,
         hidden_size=model.config.get_text_config().hidden_size,
         family=family,
     )

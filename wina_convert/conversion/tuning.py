@@ -89,7 +89,7 @@ def plan_tuning(source: Source, plan: ConversionPlan, length: int, device: torch
     by_layer: dict[int, int] = {}
     for one in plan.projections:
         by_layer[one.layer] = by_layer.get(one.layer, 0) + 3 * (one.in_features + one.out_features)
-    logits = 8 * int(source.config.get("vocab_size", 0))
+    logits = 8 * int(source.text_config.get("vocab_size", 0))
     fixed = weights * _dtype(plan, device).itemsize + 4 * rows * logits
     whole = fixed + 4 * rows * sum(by_layer.values())
     sparing = fixed + 4 * rows * (max(by_layer.values()) + plan.n_layers * plan.hidden_size)

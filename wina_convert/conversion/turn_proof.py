@@ -131,7 +131,7 @@ class _Side:
         self.states = self.stream.embed(self.ids.split(1))
         for index in range(len(self.stream.layers)):
             with self.stream.layer(index) as layer:
-                self.states = [layer(hidden) for hidden in self.states]
+                self.states = [layer(hidden, number) for number, hidden in enumerate(self.states)]
             advance(1)
 
     def logits(self) -> Iterator[Tensor]:

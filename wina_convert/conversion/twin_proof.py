@@ -132,14 +132,14 @@ def zeroed(model: PreTrainedModel, names: list[str]) -> Iterator[Mapping[str, fl
 
 
 def _streamed(small: Source, tokens: Tensor) -> Tensor:
-    """Logits [B, S, vocabulary] of a folder's model, a layer at a time."""
+    """Logits [B, S, vocabulary] of a folder's model, a layer at a time, each sequence a batch."""
     stream = dense_stream(small, torch.float32, CPU)
-    (hidden,) = stream.embed([tokens])
+    states = stream.embed(tokens.split(1))
     for index in range(len(stream.layers)):
         with stream.layer(index) as layer:
-            hidden = layer(hidden)
+            states = [layer(hidden, number) for number, hidden in enumerate(states)]
     with stream.head() as head:
-        return torch.stack([head(row) for row in hidden])
+        return torch.stack([head(hidden[0]) for hidden in states])
 
 
 def _compare(what: str, found: Tensor, expected: Tensor) -> None:

@@ -24,7 +24,7 @@ Histograms = dict[float, ScoreHistogram]  # by level
 
 
 def calibrate_layer(
-    run: Callable[[Tensor], Tensor],
+    run: Callable[[Tensor, int], Tensor],
     gates: Mapping[str, WinaLinear],
     states: States,
     advance: Callable[[int], object],
@@ -33,7 +33,7 @@ def calibrate_layer(
     """Count the scores of a layer's gated projections and move the hidden states through it, in place.
 
     Args:
-        run: the loaded layer, [B, S, hidden] -> [B, S, hidden].
+        run: the loaded layer, [B, S, hidden] and the number of the batch -> [B, S, hidden].
         gates: its gated projections by name, with weights and column norms.
         states: the hidden states before the layer, for each level; afterwards, those behind it.
         advance: told the number of sequences done.
@@ -50,13 +50,13 @@ def calibrate_layer(
         for gate in gates.values():
             gate.set_threshold(0.0)
         with counting(gates) as provisional:
-            for batch in _pilot(batches):
-                run(batch)
+            for number, batch in enumerate(_pilot(batches)):
+                run(batch, number)
         for name, gate in gates.items():
             gate.set_threshold(provisional[name].quantile(budget.asked(name, level)), level)
         with counting(gates) as counts:
             for number, batch in enumerate(batches):
-                batches[number] = run(batch)
+                batches[number] = run(batch, number)
                 advance(len(batch))
         for name, histogram in counts.items():
             found[name][level] = histogram

@@ -20,12 +20,12 @@ Shares = dict[str, tuple[float, ...]]  # by projection, what it skips at each po
 
 
 def divide_layer(
-    run: Callable[[Tensor], Tensor], gates: Mapping[str, WinaLinear], states: Sequence[Tensor], hidden_size: int
+    run: Callable[[Tensor, int], Tensor], gates: Mapping[str, WinaLinear], states: Sequence[Tensor], hidden_size: int
 ) -> tuple[Shares, list[Tensor]]:
     """Divide the budget of one decoder layer among its projections, for every point of the grid.
 
     Args:
-        run: the loaded layer, [B, S, hidden] -> [B, S, hidden].
+        run: the loaded layer, [B, S, hidden] and the number of the batch -> [B, S, hidden].
         gates: its gated projections by name, with weights and column norms; their thresholds are lost.
         states: the hidden states of the dense model before the layer, [B, S, hidden] each.
         hidden_size: features of the hidden states.
@@ -40,12 +40,12 @@ def divide_layer(
     for gate in gates.values():
         gate.set_threshold(0.0)
     with counting(gates) as histograms:
-        outputs = [run(hidden) for hidden in states]
+        outputs = [run(hidden, number) for number, hidden in enumerate(states)]
     return (divide(run, gates, histograms, states, outputs, hidden_size**2) if gates else {}), outputs
 
 
 def divide(
-    run: Callable[[Tensor], Tensor],
+    run: Callable[[Tensor, int], Tensor],
     gates: Mapping[str, WinaLinear],
     histograms: Mapping[str, ScoreHistogram],
     states: Sequence[Tensor],
@@ -70,8 +70,8 @@ def divide(
 
     def error_with(name: str) -> float:
         skip(name, _raised(skipped[name], unit / weights[name]))
-        pairs = zip(states, outputs, strict=True)
-        error = sum(float((run(hidden) - output).double().square().sum()) for hidden, output in pairs)
+        found = (run(hidden, number) for number, hidden in enumerate(states))
+        error = sum(float((a - b).double().square().sum()) for a, b in zip(found, outputs, strict=True))
         skip(name, skipped[name])
         return error
 

@@ -86,7 +86,7 @@ def pick_tokens(sequences: int, length: int, tokens: int, seed: int) -> list[Ten
 def gather_layer(
     moments: Moments,
     layer: nn.Module,
-    run: Callable[[Tensor], Tensor],
+    run: Callable[[Tensor, int], Tensor],
     states: list[Tensor],
     family: Architecture,
     sizes: Geometry,
@@ -101,7 +101,7 @@ def gather_layer(
     Args:
         moments: what to add to.
         layer: the decoder layer, with its weights and neutral norms.
-        run: the layer as a function, [B, S, hidden] -> [B, S, hidden].
+        run: the layer as a function, [B, S, hidden] and the number of the batch -> [B, S, hidden].
         states: hidden states before the layer, a batch each; afterwards, those behind it.
         family: the model's family.
         sizes: its sizes.
@@ -145,7 +145,7 @@ def gather_layer(
     handles.append(output.register_forward_pre_hook(watch_values))
     try:
         for number, batch in enumerate(states):
-            states[number] = run(batch)
+            states[number] = run(batch, number)
             done += len(batch)
             tokens += batch.shape[0] * batch.shape[1]
             advance(len(batch))

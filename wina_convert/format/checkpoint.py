@@ -33,15 +33,21 @@ class Checkpoint:
     def gated_keys(self) -> dict[str, str]:
         """Checkpoint key of every gated projection, by its module name.
 
-        They differ where the checkpoint leaves out the base model's prefix.
+        They differ where the checkpoint has another prefix: it leaves out the base model's, or names the parts of a model of
+        more than text as they were called before.
 
         Raises:
             CheckpointError: config and tensors do not name the same projections.
         """
         stored = {key.removesuffix(f".{WEIGHT_T}") for key in self.folder.tensors if key.endswith(f".{WEIGHT_T}")}
+        by_place: dict[tuple[int, str], list[str]] = {}
+        for key in stored:
+            if place := split_layer(key):
+                by_place.setdefault(place[1:], []).append(key)
         found = {}
         for name in self.config.modules:
-            keys = [name] if name in stored else [key for key in stored if name.endswith(f".{key}")]
+            place = split_layer(name)
+            keys = [name] if name in stored else by_place.get(place[1:], []) if place else []
             if len(keys) != 1:
                 raise CheckpointError(
                     f"{self.folder.path}: config.json gates {name!r}, of which the weights have {len(keys)} tensors; "

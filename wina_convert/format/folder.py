@@ -64,6 +64,12 @@ class Folder:
         """The listed family, as data."""
         return ARCHITECTURES[self.config["model_type"]]
 
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The fields of the config that tell of text: all of them, but for a model of more than text."""
+        part = self.config.get("text_config")
+        return part if isinstance(part, dict) else self.config
+
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors by key, on the CPU.
 

@@ -102,6 +102,13 @@ def check_config(name: str, config: dict[str, Any]) -> None:
     Raises:
         SourceError: it does.
     """
+    parts = (part for key, part in config.items() if key.endswith("_config") and isinstance(part, dict))
+    for fields in (config, *parts):  # of text, of images
+        _check_fields(name, fields)
+
+
+def _check_fields(name: str, config: dict[str, Any]) -> None:
+    """`check_config` of one object."""
     rotary = [config, config.get("rope_parameters"), config.get("rope_scaling")]
     for fields in rotary:
         fraction = fields.get("partial_rotary_factor") if isinstance(fields, dict) else None

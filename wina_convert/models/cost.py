@@ -11,7 +11,7 @@ from ..format.shards import TensorSpec
 from ..runtime.linear import gated_modules
 from ..runtime.rule import bytes_read
 from .stream import StreamedModel
-from .structure import looked_up
+from .structure import not_read
 
 NOT_READ = (COLUMN_NORMS, THRESHOLDS)  # the cutoffs that were made of them at load are
 
@@ -40,7 +40,7 @@ def token_cost(
         skipped: fraction of its inputs that each gated projection skips, by module name; None: the dense model, which has
             no cutoffs.
     """
-    gates, unread = gated_modules(gated.model), looked_up(gated.model, gated.keys)
+    gates, unread = gated_modules(gated.model), not_read(gated.model, gated.keys)
     nbytes = macs = 0
     for name, key in gated.keys.items():
         owner, _, leaf = name.rpartition(".")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import DENSE, Architecture
+from ..architectures import DENSE, HINDRANCES, Architecture
 from ..errors import SourceError, one_line
 from ..format.folder import Folder
 from ..format.names import WEIGHT
@@ -57,6 +57,12 @@ def discover(model: PreTrainedModel) -> Architecture:
     Raises:
         SourceError: it has no such list, its twin does not run, or nothing is left to gate.
     """
+    config = model.config.get_text_config()
+    for field, hindrance in HINDRANCES.items():
+        if getattr(config, field, None):
+            raise SourceError(
+                f"a model of type {config.model_type!r} with {field} in its config is not supported: {hindrance}"
+            )
     path = decoder_layers(model)
     if any(".experts." in name for name, _ in model.get_submodule(path).named_parameters()):
         raise SourceError(

@@ -113,9 +113,9 @@ def measure(
     ]
 
 
-def _advance_states(run: Callable[[Tensor], Tensor], states: list[Tensor], advance: Advance) -> None:
+def _advance_states(run: Callable[[Tensor, int], Tensor], states: list[Tensor], advance: Advance) -> None:
     for number, hidden in enumerate(states):
-        states[number] = run(hidden)
+        states[number] = run(hidden, number)
         advance(len(hidden))
 
 

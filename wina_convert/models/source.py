@@ -20,6 +20,7 @@ from .kinds import kind_of
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CAUSAL_LM = ("ForCausalLM", "LMHeadModel")
+PARTS = ("vision_config", "audio_config")  # of a model of more than text
 
 
 @dataclass(frozen=True)
@@ -231,37 +232,48 @@ def _check_config(name: str, config: dict[str, Any]) -> None:
         raise SourceError(
             f"{name}: architectures in its config.json is {classes!r}, not a list of names; get the file again"
         )
-    if config.get("vision_config") or config.get("audio_config"):
-        raise SourceError(
-            f"{name} takes more than text ({', '.join(classes) or model_type}), which is not supported; "
-            "give a model of text alone"
-        )
-    if classes and not any(entry.endswith(CAUSAL_LM) for entry in classes):
-        raise SourceError(f"{name} is not a causal language model ({', '.join(classes)}); give one that generates text")
     if not isinstance(model_type, str):
         raise SourceError(f"{name} has no model_type in its config.json; get the file again")
     if model_type not in ARCHITECTURES:
-        _check_type(name, model_type, config)
+        _check_type(name, model_type, classes, config)
+    elif classes and not any(entry.endswith(CAUSAL_LM) for entry in classes):
+        raise _no_causal_lm(name, classes)
 
 
-def _check_type(name: str, model_type: str, config: dict[str, Any]) -> None:
+def _no_causal_lm(name: str, classes: list[str]) -> SourceError:
+    return SourceError(f"{name} is not a causal language model ({', '.join(classes)}); give one that generates text")
+
+
+def _check_type(name: str, model_type: str, classes: list[str], config: dict[str, Any]) -> None:
     """Refuse a type that no table lists where its config shows already that its structure need not be looked at."""
     if any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
         raise SourceError(f"{name} is a mixture of experts ({model_type}), which is not supported; give a dense model")
     if model_type in REFUSED:
         raise SourceError(f"{name} is of type {model_type!r}, which is not supported: {REFUSED[model_type]}")
-    if not _generates_text(model_type):
+    known = _generating(model_type)
+    if not known and any(config.get(part) for part in PARTS):
+        raise SourceError(
+            f"{name} takes more than text ({', '.join(classes) or model_type}), and the installed transformers knows its type "
+            "neither as a causal language model nor as one of images and text; give another"
+        )
+    if classes and not any(entry.endswith(CAUSAL_LM) or entry in known for entry in classes):
+        raise _no_causal_lm(name, classes)
+    if not known:
         raise SourceError(
             f"{name} is of type {model_type!r}, of which the installed transformers knows no causal language model; "
             "upgrade transformers"
         )
 
 
-def _generates_text(model_type: str) -> bool:
-    """Whether transformers has a causal LM of this type."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # slow, and needed here alone
+def _generating(model_type: str) -> set[str]:
+    """The classes by which transformers generates text with a model of this type, images beside it or not."""
+    from transformers.models.auto import modeling_auto  # slow, and needed here alone
 
-    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    tables = (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+    return {table[model_type] for table in tables if model_type in table}
 
 
 def _check_tensors(name: str, tensors: dict[str, TensorSpec]) -> None:

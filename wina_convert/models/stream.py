@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..architectures import Architecture
 from ..errors import SourceError, one_line
@@ -19,15 +19,28 @@ from ..format.checkpoint import Checkpoint
 from ..format.config import WinaConfig
 from ..format.dtypes import compute_dtype
 from ..format.folder import Folder
+from ..format.names import WEIGHT
 from ..format.shards import TensorSpec
 from ..format.trust import MAX_LAYERS
+from ..runtime.classes import auto_class
 from ..runtime.install import install
 from ..runtime.keys import check_parameters, checkpoint_keys, tied
 from .discovery import architecture_of
 from .source import Source
+from .structure import for_text
 
 # Loads the tensors of these checkpoint keys: (key, tensor) pairs on the CPU.
 Reader = Callable[[Iterable[str]], Iterable[tuple[str, Tensor]]]
+
+
+def model_config(folder: Folder) -> PreTrainedConfig:
+    """A folder's config as transformers has it."""
+    if isinstance(folder, Source) and folder.trust_remote_code and "auto_map" in folder.config:
+        place = folder.path if folder.path.is_absolute() or folder.revision is None else folder.name
+        found: PreTrainedConfig = AutoConfig.from_pretrained(place, revision=folder.revision, trust_remote_code=True)
+        return found
+    kind = CONFIG_MAPPING[folder.config["model_type"]]
+    return kind.from_dict(kind._decode_special_floats(folder.config))  # an infinite time step is stored as an object
 
 
 def build_skeleton(folder: Folder, dtype: torch.dtype) -> PreTrainedModel:
@@ -38,19 +51,11 @@ def build_skeleton(folder: Folder, dtype: torch.dtype) -> PreTrainedModel:
     """
     trusted = isinstance(folder, Source) and folder.trust_remote_code
     try:
-        if trusted and "auto_map" in folder.config:
-            revision = folder.revision if isinstance(folder, Source) else None
-            place = folder.path if folder.path.is_absolute() or revision is None else folder.name
-            config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=True)
-        else:
-            kind = CONFIG_MAPPING[folder.config["model_type"]]
-            config = kind.from_dict(
-                kind._decode_special_floats(folder.config)
-            )  # an infinite time step is stored as an object
+        config = model_config(folder)
         if config.get_text_config().num_hidden_layers > MAX_LAYERS:
             raise ValueError(f"{config.get_text_config().num_hidden_layers} layers")
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
+            model: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trusted)
     except Exception as error:  # whatever transformers makes of a strange config
         raise SourceError(f"transformers cannot build {folder.name} from its config.json: {one_line(error)}") from error
     model.train(False)
@@ -85,9 +90,10 @@ class StreamedModel:
         self.keys = dict(keys)
         self.aliases = tied(model, keys)
         check_parameters(model, keys, specs)
-        self._outer = [name for name in self.keys if not name.startswith(f"{self.prefix}.")]
-        # What each layer gets besides the hidden states, by the number of rows in a batch.
-        self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._body = model.base_model if model.base_model is not model else model.get_decoder().base_model
+        self._outer = [name for name in for_text(model, self.keys) if not name.startswith(f"{self.prefix}.")]
+        # What each layer gets besides the hidden states, by batch.
+        self._arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
         self._captured: list[Tensor] = []
         self._inject: Tensor | None = None
         _initialise_buffers(model, device)
@@ -99,14 +105,18 @@ class StreamedModel:
     def embed(self, batches: Iterable[Tensor]) -> list[Tensor]:
         """Hidden states that enter the first decoder layer: [B, S] token ids -> [B, S, hidden] each."""
         head = self._names_of(self.model.get_output_embeddings())
+        self._arguments = []
         with self._loaded([name for name in self._outer if name not in head]), self._stubs(), torch.no_grad():
             for batch in batches:
-                self.model.base_model(input_ids=batch.to(self.device), use_cache=False)
+                self._arguments.append([])
+                self._body(input_ids=batch.to(self.device), use_cache=False)
         states, self._captured = self._captured, []
         return states
 
     @contextmanager
-    def layer(self, index: int, tensors: Mapping[str, Tensor] | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
+    def layer(
+        self, index: int, tensors: Mapping[str, Tensor] | None = None
+    ) -> Iterator[Callable[[Tensor, int], Tensor]]:
         """Load a decoder layer for the length of a with-block.
 
         Args:
@@ -114,13 +124,13 @@ class StreamedModel:
             tensors: its tensors by checkpoint key; None: read them.
 
         Yields:
-            a function from hidden states [B, S, hidden] to hidden states [B, S, hidden].
+            a function from hidden states [B, S, hidden] and the number of their batch in `embed` to hidden states [B, S, hidden].
         """
         module = self.layers[index]
 
         @torch.no_grad()
-        def run(hidden: Tensor) -> Tensor:
-            args, kwargs = self._arguments[hidden.shape[0]][index]
+        def run(hidden: Tensor, number: int) -> Tensor:
+            args, kwargs = self._arguments[number][index]
             output = module(hidden, *args, **kwargs)
             result: Tensor = output[0] if isinstance(output, (tuple, list)) else output
             return result
@@ -138,16 +148,20 @@ class StreamedModel:
         embedding, head = (
             self._names_of(module) for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         )
-        spared = embedding if head else set()  # tied: the input embedding is the output embedding
+        own = any(name.endswith(f".{WEIGHT}") for name in head)  # not tied; a tied head may have a bias of its own
+        spared = embedding if own else set()
 
         @torch.no_grad()
         def logits(hidden: Tensor) -> Tensor:
             # The layers pass through, so that whatever a family does after them is done here too.
             self._inject = hidden[None]
-            output: Tensor = self.model(inputs_embeds=self._inject, use_cache=False).logits
+            tokens = torch.zeros(
+                1, len(hidden), dtype=torch.int64, device=self.device
+            )  # any: the layers drop what comes of them
+            output: Tensor = self.model(input_ids=tokens, use_cache=False).logits
             return output[0]
 
-        with self._loaded([name for name in self._outer if name not in spared]), self._stubs():
+        with self._loaded([name for name in self._outer if name not in spared]), self._stubs(), self._no_embedding():
             yield logits
         self._inject = None
 
@@ -184,8 +198,25 @@ class StreamedModel:
             _set(self.model, self.aliases[name], tensor)
 
     @contextmanager
+    def _no_embedding(self) -> Iterator[None]:
+        """Replace the input embedding, whose weight is not there, by zeros."""
+        embedding = self.model.get_input_embeddings()
+        width = embedding.get_parameter(WEIGHT).shape[1]
+
+        def forward(tokens: Tensor) -> Tensor:
+            return torch.zeros(*tokens.shape, width, dtype=self.model.dtype, device=self.device)
+
+        embedding.forward = forward
+        try:
+            yield
+        finally:
+            del embedding.forward
+
+    @contextmanager
     def _stubs(self) -> Iterator[None]:
         """Replace every decoder layer by a pass-through that records what it was given."""
+
+        kept: dict[int, tuple[Tensor, Tensor]] = {}
 
         def returned(hidden: Tensor) -> Any:
             return (hidden, *[None] * (self.outputs - 1)) if self.outputs else hidden
@@ -196,9 +227,10 @@ class StreamedModel:
                     return returned(self._inject)
                 if index == 0:
                     self._captured.append(hidden_states)
-                recorded = self._arguments.setdefault(hidden_states.shape[0], [])
-                if len(recorded) == index:
-                    recorded.append((args, kwargs))
+                    kept.clear()
+                first = self._arguments[0]
+                known = first[index] if index < len(first) else None
+                self._arguments[-1].append(_kept((args, kwargs), known, kept))
                 return returned(hidden_states)
 
             return forward
@@ -247,6 +279,30 @@ def checkpoint_stream(checkpoint: Checkpoint, device: torch.device) -> StreamedM
     return gated_stream(
         folder, checkpoint.config, compute_dtype(folder), folder.tensors.values(), checkpoint.read, device
     )
+
+
+def _kept(given: Any, first: Any, kept: dict[int, tuple[Tensor, Tensor]]) -> Any:
+    """What to keep of what a layer is given: the same objects as for the first batch where they hold the same.
+
+    Masks and rotary embeddings of all batches would be more than the hidden states.
+
+    Args:
+        given: arguments.
+        first: what the layer was given for the first batch; None: this is the first.
+        kept: by the identity of a tensor of this batch, itself and what is kept of it: most layers are given the same.
+    """
+    if isinstance(given, Tensor):
+        if id(given) not in kept:
+            same = isinstance(first, Tensor) and first.shape == given.shape and torch.equal(first, given)
+            kept[id(given)] = (given, first if same else given)
+        return kept[id(given)][1]
+    if type(given) in (tuple, list):
+        parts = first if isinstance(first, (tuple, list)) and len(first) == len(given) else [None] * len(given)
+        return type(given)(_kept(one, other, kept) for one, other in zip(given, parts, strict=True))
+    if type(given) is dict:
+        named = first if isinstance(first, dict) else {}
+        return {name: _kept(one, named.get(name), kept) for name, one in given.items()}
+    return given
 
 
 def _get(model: nn.Module, name: str) -> Tensor:

@@ -1,6 +1,6 @@
 """What a causal LM's decoder layers are made of: the projections that can be gated, and what a token only looks up."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,9 @@ from ..errors import SourceError
 from ..format.folder import Folder
 from ..format.names import WEIGHT
 from ..runtime.rule import bytes_read
+
+# fields with the number of decoder layers; a decoder that was trained with an encoder counts apart
+COUNTS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers")
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,34 @@ class Projection:
         return bytes_read(self.nbytes, self.in_features, sparsity)
 
 
+def text_part(model: PreTrainedModel) -> str:
+    """What the names of all parameters of a model's text decoder begin with; empty where that is the whole model."""
+    if model.config.get_text_config() is model.config:
+        return ""
+    decoder = model.get_decoder()
+    return next(f"{name}." if name else "" for name, module in model.named_modules() if module is decoder)
+
+
+def for_text(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """The parameters that text passes: those of the decoder and of the head, and not what makes hidden states of images."""
+    part, head = text_part(model), model.get_output_embeddings()
+    heads = {name for name, module in model.named_modules() if module is head}
+    return [name for name in names if name.startswith(part) or name.rpartition(".")[0] in heads]
+
+
 def decoder_layers(model: PreTrainedModel) -> str:
     """Dotted path of a causal LM's decoder layers: the list with as many modules as the config has layers.
 
     Raises:
         SourceError: there is none, or more than one.
     """
-    config = model.config
-    count = getattr(config, "num_hidden_layers", None)
+    config, part = model.config.get_text_config(), text_part(model)
+    counts = (getattr(config, name, None) for name in COUNTS)
+    count = next((number for number in counts if number), None)
     lists: list[str] = [
-        name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and name.startswith(part)
     ]
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     if len(outer) != 1:
@@ -104,6 +125,8 @@ def find_projections(
             key = keys.get(f"{name}.{WEIGHT}", "").removesuffix(f".{WEIGHT}")
             if not isinstance(module, (nn.Linear, Conv1D)) or not key:
                 raise SourceError(f"{folder.name} has no plain weight for {name}; this variant is not supported")
+            if f".{key}".partition(f".{index}.")[2] != short:  # a reader could not tell which it is
+                raise SourceError(f"{folder.name} calls {name} {key!r} in its files, which is not supported")
             spec = folder.tensors[f"{key}.{WEIGHT}"]
             expected = tuple(model.get_parameter(f"{name}.{WEIGHT}").shape)
             if spec.shape != expected:
@@ -128,8 +151,10 @@ def find_projections(
     return found
 
 
-def looked_up(model: PreTrainedModel, keys: Mapping[str, str]) -> set[str]:
-    """The embeddings that a token only looks up, by parameter: not the tied input embedding, which is the head as well.
+def not_read(model: PreTrainedModel, keys: Mapping[str, str]) -> set[str]:
+    """The parameters that a token of text does not read: embeddings, of which it looks up a row, and parts for images or sound.
+
+    A tied input embedding is the head as well, and read.
 
     Args:
         model: the skeleton.
@@ -142,9 +167,4 @@ def looked_up(model: PreTrainedModel, keys: Mapping[str, str]) -> set[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and (own_head or module is not model.get_input_embeddings())
     }
-    return found & keys.keys()
-
-
-def lookup_bytes(model: PreTrainedModel, keys: dict[str, str], stored_bytes: dict[str, int]) -> int:
-    """Bytes of the embeddings that a token only looks up."""
-    return sum(stored_bytes[keys[name]] for name in looked_up(model, keys))
+    return (found & keys.keys()) | (keys.keys() - for_text(model, keys))

@@ -35,8 +35,8 @@ def taken(source: Source, allow_unused: bool = False) -> tuple[Source, tuple[str
     keys = checkpoint_keys(model, source.tensors)
     layers = architecture_of(source, model).layers
     unused = tuple(key for key in source.tensors if key not in set(keys.values()))
-    lost = [key for key in unused if _was_part(source.tensors[key], model, layers)]
-    names = parameter_names(model, lost)
+    names = parameter_names(model, unused)
+    lost = [key for key in unused if _was_part(source.tensors[key], names[key], model, layers)]
     if copies := [key for key in lost if names[key] in keys]:
         lost = copies
     if lost and not allow_unused:
@@ -87,18 +87,18 @@ def check_stored(source: Source, model: PreTrainedModel, keys: dict[str, str], c
             )
 
 
-def _was_part(spec: TensorSpec, model: PreTrainedModel, layers: str) -> bool:
-    """Whether a tensor that the model does not take had a part in what its checkpoint computed."""
+def _was_part(spec: TensorSpec, name: str, model: PreTrainedModel, layers: str) -> bool:
+    """Whether a tensor that the model does not take, and would call so, had a part in what its checkpoint computed."""
     known = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     if any(re.search(pattern, spec.name) for pattern in known):
         return False
     if ADAPTER.search(spec.name):
         return True
-    module, _, leaf = spec.name.rpartition(".")
+    module, _, leaf = name.rpartition(".")
     if leaf != "weight" and (leaf != "bias" or len(spec.shape) != 1):  # a mask has more dimensions
         return False
     base = f"{model.base_model_prefix}."
     modules = dict(model.named_modules())
-    place = split_layer(spec.name)
+    place = split_layer(name)
     in_layer = place is not None and place[0] in (layers, layers.removeprefix(base))
     return in_layer or (leaf == "bias" and (module in modules or base + module in modules))

@@ -38,7 +38,7 @@ def load_tokenizer(folder: Folder) -> Any:
 
 def context_of(folder: Folder) -> int:
     """Tokens that a model can take at once; 512 where its config does not say."""
-    return int(folder.config.get("max_position_embeddings") or folder.config.get("n_positions") or 512)
+    return int(folder.text_config.get("max_position_embeddings") or folder.text_config.get("n_positions") or 512)
 
 
 def sequence_length(folder: Folder, asked: int | None) -> int:
@@ -141,7 +141,7 @@ def check_vocabulary(tokens: Tensor, folder: Folder) -> None:
     Raises:
         CalibrationError: the tokenizer is another model's.
     """
-    size = folder.config.get("vocab_size", math.inf)
+    size = folder.text_config.get("vocab_size", math.inf)
     if int(tokens.max()) >= size:
         raise CalibrationError(
             f"the tokenizer gives token {int(tokens.max())} and {folder.name} has {size}; put the model's own tokenizer beside it"

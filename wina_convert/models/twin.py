@@ -21,20 +21,26 @@ WINDOW = 8  # positions that a layer with a sliding window sees: fewer than the 
 MOST_LAYERS = 16
 SHORT = ("short_factor", "long_factor")  # of rotary embeddings: a number for every pair of features
 
+LAYERS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "encoder_layers", "num_encoder_layers")
+PARTIAL = "partial_rotary_factor"  # of the features of a head
+SECTIONS = ("mrope_section",)  # of these pairs, how many tell of time, height and width
+
 # Fields that count features. All are divided by one number, so that what is a product of others stays one.
 _WIDTH = re.compile(
     r"(\w+_)?(hidden|intermediate|ffn|mlp|embed|embedding|model)_(\w+_)?(size|dim)|(hidden|intermediate)_size_\w+"
     r"|(\w+_)?(head_dim|lora_rank)|d_model|n_embd|n_inner|d_ff|dff|dim_ff|d_kv|dim_head|kv_channels|rotary_dim|lru_width|rope_dim"
+    r"|mamba_(d_head|headdim|d_ssm|d_state)|d_head"
 )
-_WINDOW = re.compile(r"(\w+_)?(sliding_window|window_size|attention_chunk_size)(_\w+)?")
-_TOKEN = re.compile(r"(\w+_)?token_id")
+_WINDOW = re.compile(r"(\w+_)?(sliding_window|window_size|(attention|mamba)_chunk_size)(_\w+)?")
+_TOKEN = re.compile(r"(\w+_)?token_(id|index)")
+_DEPTH = re.compile(r"depth|(\w+_)?layers")  # of a part that is not for text
 _LEFT_OUT = ("architectures", "auto_map", "transformers_version", "dtype", "torch_dtype", "quantization_config")
 
 
 def layer_kinds(model: PreTrainedModel) -> list[str]:
     """What tells the kinds of decoder layers of a model apart: the layer's type in the config, and the classes in it by name."""
     layers = list(model.get_submodule(decoder_layers(model)).children())
-    named = getattr(model.config, "layer_types", None)
+    named = getattr(model.config.get_text_config(), "layer_types", None)
     types = named if isinstance(named, list) and len(named) == len(layers) else [""] * len(layers)
     return [
         " ".join([str(kind), *(f"{name}:{type(part).__name__}" for name, part in layer.named_modules())])
@@ -77,10 +83,18 @@ def shrink(config: PreTrainedConfig, layers: int, kept: int, vocabulary: int = V
         layers: its decoder layers.
         kept: how many of them, from the first on, the result has.
         vocabulary: the most tokens that it knows.
+
+    Of a model of more than text the text part becomes narrow, and every other part keeps its widths and one layer.
     """
-    fields = {name: value for name, value in config.to_dict().items() if name not in _LEFT_OUT}
-    factor = _factor(config, fields)
-    counts = {"num_hidden_layers", config.attribute_map.get("num_hidden_layers", "")}
+    text = config.get_text_config()
+    parts = {name: part for name in config.sub_configs if (part := getattr(config, name, None)) is not None}
+    small = {
+        name: shrink(part, layers, kept, vocabulary) if part is text else _shallow(part) for name, part in parts.items()
+    }
+    left_out = (*_LEFT_OUT, *parts)
+    fields = {name: value for name, value in config.to_dict().items() if name not in left_out}
+    factor = _factor(config, fields) if text is config else 1
+    counts = {*LAYERS, config.attribute_map.get("num_hidden_layers", "")}
 
     def shrunk(name: str, value: Any) -> Any:
         if isinstance(value, dict):  # some are by the number of a layer
@@ -88,6 +102,8 @@ def shrink(config: PreTrainedConfig, layers: int, kept: int, vocabulary: int = V
             return {key: shrunk(str(key), value[key]) for key in kept_keys}
         if isinstance(value, list):
             short = value[: len(value) // factor] if name in SHORT else value
+            if name in SECTIONS and all(part % factor == 0 for part in value):
+                short = [part // factor for part in value]
             return short[:kept] if len(short) == layers else short
         if isinstance(value, bool) or not isinstance(value, int):
             return value
@@ -101,7 +117,14 @@ def shrink(config: PreTrainedConfig, layers: int, kept: int, vocabulary: int = V
             return min(value, vocabulary)
         return min(value, vocabulary - 1) if _TOKEN.fullmatch(name) else value
 
-    return type(config)(**{name: shrunk(name, value) for name, value in fields.items()})
+    return type(config)(**{name: shrunk(name, value) for name, value in fields.items()} | small)
+
+
+def _shallow(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A config with one layer."""
+    fields = {name: value for name, value in config.to_dict().items() if name not in _LEFT_OUT}
+    one: dict[str, Any] = {name: 1 for name, value in fields.items() if _DEPTH.fullmatch(name) and type(value) is int}
+    return type(config)(**fields | one)
 
 
 def _factor(config: PreTrainedConfig, fields: dict[str, Any]) -> int:
@@ -113,7 +136,20 @@ def _factor(config: PreTrainedConfig, fields: dict[str, Any]) -> int:
     width = fields.get("head_dim") or derived
     rotary = [value // 4 for name, value in fields.items() if name.endswith("rope_head_dim") and type(value) is int]
     common = math.gcd(*widths, width)
-    return max((f for f in range(1, min(width // HEAD_DIM, *rotary, width) + 1) if common % f == 0), default=1)
+    rope = config.to_dict().get("rope_parameters")
+    part = (
+        (rope.get(PARTIAL) if isinstance(rope, dict) else None)
+        or fields.get(PARTIAL)
+        or fields.get("rotary_pct")
+        or 1.0
+    )
+
+    def whole(factor: int) -> bool:
+        """Whether what is rotary of a narrow head is pairs of features, as it is of a wide one."""
+        return int(part * width) % 2 != 0 or int(part * (width // factor)) % 2 == 0
+
+    largest = min(width // HEAD_DIM, *rotary, width)
+    return max((f for f in range(1, largest + 1) if common % f == 0 and whole(f)), default=1)
 
 
 def random_weights(model: nn.Module, seed: int) -> None:

@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 from ..format.config import WinaConfig
 from ..format.curve import ascends, starts_at_zero
 from ..format.grid import check_sparsity
-from ..format.names import WEIGHT, WEIGHT_T
+from ..format.names import WEIGHT, WEIGHT_T, split_layer
 from .linear import DenseLinear, WinaLinear, gated_modules
 
 
@@ -20,7 +20,8 @@ def install(model: nn.Module, config: WinaConfig) -> None:
     """Replace the modules that `config.modules` names by empty WinaLinears, on the modules' own device.
 
     The linear modules that stay dense become DenseLinears. The names match by dotted suffix: `model.layers.0...` of a
-    causal LM is `layers.0...` in its base model.
+    causal LM is `layers.0...` in its base model. Where none does, by what follows the index of the layer: the text part of a
+    larger model may be loaded alone.
 
     Raises:
         CheckpointError: a name matches nothing or something that is not a linear projection.
@@ -70,11 +71,15 @@ def keep_hook(old: nn.Module, new: nn.Module) -> None:
 def _matched(model: nn.Module, config: WinaConfig) -> dict[str, str]:
     """The linear module of the model that each name of `config.modules` means."""
     linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    by_place: dict[tuple[int, str] | None, list[str]] = {}
+    for name in linears:
+        if place := _place(name):
+            by_place.setdefault(place, []).append(name)
     found = {}
     for gated in config.modules:
         matches = [
             name for name in linears if name == gated or gated.endswith(f".{name}") or name.endswith(f".{gated}")
-        ]
+        ] or by_place.get(_place(gated), [])
         if len(matches) != 1:
             raise CheckpointError(
                 f"config.json gates {gated!r}, which matches {len(matches)} linear projections of this "
@@ -110,6 +115,12 @@ def _finish(model: nn.Module, config: WinaConfig) -> None:
         suffix = ".".join(config.modules[0].split(".")[-4:])
         kind = set if isinstance(ignored, set) else list  # it was a list in earlier transformers 5
         model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), rf"{re.escape(suffix)}\.{WEIGHT}$"])  # type: ignore[assignment]
+
+
+def _place(name: str) -> tuple[int, str] | None:
+    """The index of a module's decoder layer, and its name in there."""
+    place = split_layer(name)
+    return place[1:] if place else None
 
 
 def configure(model: nn.Module, config: WinaConfig) -> None:

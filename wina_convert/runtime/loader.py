@@ -31,6 +31,8 @@ SPLIT = (
     "a model that is split among processes cannot be gated while it is loaded: a column norm is taken over the whole column, and "
     "calibration runs whole layers; convert it with wina-convert and load that"
 )
+# how a config is found, of what `from_pretrained` takes
+WHERE = ("cache_dir", "code_revision", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 
 
 class WinaQuantizer(HfQuantizer):
@@ -149,7 +151,7 @@ def check_files(model: "PreTrainedModel", files: Sequence[str]) -> None:
 
 
 def load(path: str, sparsity: float | None = None, prefill: str | None = None, **kwargs: Any) -> Any:
-    """Load a WINA checkpoint as `AutoModelForCausalLM.from_pretrained` does.
+    """Load a WINA checkpoint as `AutoModelForCausalLM.from_pretrained` does, or `AutoModelForImageTextToText` where it must.
 
     Args:
         path: folder or Hub id.
@@ -161,7 +163,9 @@ def load(path: str, sparsity: float | None = None, prefill: str | None = None, *
         OptionError: `sparsity` or `prefill` cannot be used.
         CheckpointError: the folder is not a WINA checkpoint that this version can read.
     """
-    from transformers import AutoModelForCausalLM  # here, because transformers imports this module
+    from transformers import AutoConfig  # here, because transformers imports this module
+
+    from .classes import auto_class
 
     chosen = WinaConfig(sparsity=sparsity, prefill=prefill)
     if chosen.get_loading_attributes():
@@ -172,7 +176,10 @@ def load(path: str, sparsity: float | None = None, prefill: str | None = None, *
     default = torch.get_default_device()  # where transformers loads to; "meta" would hold no weights
     try:
         with torch_defaults("cpu" if default.type == "meta" else default):
-            model = AutoModelForCausalLM.from_pretrained(path, **{"trust_remote_code": False} | kwargs)
+            asked = {"trust_remote_code": False} | kwargs
+            where = {name: asked[name] for name in WHERE if name in asked}
+            kind = auto_class(asked.get("config") or AutoConfig.from_pretrained(path, **where))
+            model = kind.from_pretrained(path, **asked)
     except WinaError:
         raise
     except Exception as error:  # whatever transformers makes of a strange folder
