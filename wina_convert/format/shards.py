@@ -42,6 +42,25 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Which part of a stored tensor another tensor is: one entry of its first dimension, transposed or not, and rows of that.
+
+    Attributes:
+        index: of the entry.
+        transposed: whether its two dimensions change places.
+        rows: start, stop and step of the rows that are taken then.
+    """
+
+    index: int
+    transposed: bool
+    rows: tuple[int, int, int]
+
+    def of(self, entry: Tensor) -> Tensor:
+        """The piece of that entry, in memory of its own."""
+        return (entry.t() if self.transposed else entry)[slice(*self.rows)].contiguous()
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """A stored tensor without its data.
 
@@ -51,6 +70,7 @@ class TensorSpec:
         shape: its shape.
         file: the shard that holds it, relative to its folder; empty where it is not yet written.
         stored: its name in that file, where that is another.
+        piece: which part of the stored tensor it is, where it is not all of it.
     """
 
     name: str
@@ -58,6 +78,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     file: str = ""
     stored: str = ""
+    piece: Piece | None = None
 
     @property
     def numel(self) -> int:
@@ -167,7 +188,11 @@ def read_tensors(folder: Path, specs: Iterable[TensorSpec]) -> Iterator[tuple[st
         try:
             with safe_open(folder / file, framework="pt") as shard:
                 for spec in members:
-                    yield spec.name, shard.get_tensor(spec.stored or spec.name)
+                    name = spec.stored or spec.name
+                    if spec.piece is None:
+                        yield spec.name, shard.get_tensor(name)
+                    else:
+                        yield spec.name, spec.piece.of(shard.get_slice(name)[spec.piece.index])
         except (SafetensorError, OSError) as error:
             raise SourceError(f"{folder / file} cannot be read ({error})") from error
 
@@ -178,6 +203,9 @@ def read_rows(folder: Path, spec: TensorSpec, nbytes: int = 1 << 26) -> Iterator
     Raises:
         SourceError: the file cannot be read.
     """
+    if spec.piece is not None:  # a matrix of an expert
+        yield from (tensor for _, tensor in read_tensors(folder, [spec]))
+        return
     rows = spec.shape[0] if spec.shape else 0
     step = max(1, nbytes * rows // max(spec.nbytes, 1)) if rows else 1
     try:

@@ -22,8 +22,8 @@ class Measurement:
 
     Attributes:
         sparsity: fraction of inputs asked to skip.
-        achieved: fraction skipped, over all gated projections, each counted by its weights.
-        projections: fraction skipped, by projection.
+        achieved: fraction skipped, over all gated projections, each counted by its weights and the tokens that met it.
+        projections: fraction skipped, by projection; without the experts that no token was given.
         tokens: number of predicted tokens.
         perplexity: exp of the mean negative log likelihood (nats).
         dense_perplexity: of the dense model; None where nothing was compared, as for the rest.
@@ -77,6 +77,7 @@ def measure(
     del embedded
     names = list(gated_modules(gated.model))
     skipped = {sparsity: dict.fromkeys(names, 0) for sparsity in sparsities}
+    inputs = {sparsity: dict.fromkeys(names, 0) for sparsity in sparsities}
     for index in range(len(gated.layers)):
         if dense:
             with dense.layer(index) as run:
@@ -86,7 +87,7 @@ def measure(
             for sparsity, hidden in states.items():
                 for gate in gates.values():
                     gate.set_sparsity(sparsity)
-                with observing(gates, _counter(skipped[sparsity])):
+                with observing(gates, _counter(skipped[sparsity], inputs[sparsity])):
                     _advance_states(run, hidden, advance)
             for gate in gates.values():
                 gate.forget_threshold()
@@ -103,14 +104,8 @@ def measure(
                         if sparsity == 0 and dense is None:
                             expected = logits
                         sums[sparsity].add(logits, target, expected)
-    weights = {name: module.in_features * module.out_features for name, module in gated_modules(gated.model).items()}
-    inputs = {name: module.in_features * tokens.numel() for name, module in gated_modules(gated.model).items()}
-    return [
-        _measurement(
-            sparsity, sums[sparsity], {name: skipped[sparsity][name] / inputs[name] for name in names}, weights
-        )
-        for sparsity in sparsities
-    ]
+    outputs = {name: module.out_features for name, module in gated_modules(gated.model).items()}
+    return [_measurement(one, sums[one], skipped[one], inputs[one], outputs) for one in sparsities]
 
 
 def _advance_states(run: Callable[[Tensor], Tensor], states: list[Tensor], advance: Advance) -> None:
@@ -119,10 +114,11 @@ def _advance_states(run: Callable[[Tensor], Tensor], states: list[Tensor], advan
         advance(len(hidden))
 
 
-def _counter(skipped: dict[str, int]) -> Callable[[str, WinaLinear, Tensor], None]:
+def _counter(skipped: dict[str, int], inputs: dict[str, int]) -> Callable[[str, WinaLinear, Tensor], None]:
     def count(name: str, gate: WinaLinear, x: Tensor) -> None:
         assert gate.tau is not None
         skipped[name] += int(dropped(x, gate.tau).sum())
+        inputs[name] += x.numel()
 
     return count
 
@@ -151,8 +147,16 @@ class _Sums:
             self.scale = max(self.scale, float(expected.abs().max()))
 
 
-def _measurement(sparsity: float, sums: _Sums, fractions: dict[str, float], weights: Mapping[str, int]) -> Measurement:
+def _measurement(
+    sparsity: float,
+    sums: _Sums,
+    skipped: Mapping[str, int],
+    inputs: Mapping[str, int],
+    outputs: Mapping[str, int],
+) -> Measurement:
     compared = sums.compared
+    fractions = {name: skipped[name] / seen for name, seen in inputs.items() if seen}
+    weights = {name: seen * outputs[name] for name, seen in inputs.items()}
     return Measurement(
         sparsity=sparsity,
         achieved=overall(fractions, weights),

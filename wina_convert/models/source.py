@@ -159,13 +159,11 @@ def _check_config(name: str, config: dict[str, Any]) -> None:
     if not isinstance(model_type, str):
         raise SourceError(f"{name} has no model_type in its config.json; get the file again")
     if model_type not in ARCHITECTURES:
-        _check_type(name, model_type, config)
+        _check_type(name, model_type)
 
 
-def _check_type(name: str, model_type: str, config: dict[str, Any]) -> None:
+def _check_type(name: str, model_type: str) -> None:
     """Refuse a type that no table lists where its config shows already that its structure need not be looked at."""
-    if any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
-        raise SourceError(f"{name} is a mixture of experts ({model_type}), which is not supported; give a dense model")
     if model_type in REFUSED:
         raise SourceError(f"{name} is of type {model_type!r}, which is not supported: {REFUSED[model_type]}")
     if not _generates_text(model_type):

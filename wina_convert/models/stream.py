@@ -21,9 +21,11 @@ from ..format.dtypes import compute_dtype
 from ..format.folder import Folder
 from ..format.shards import TensorSpec
 from ..format.trust import MAX_LAYERS
+from ..runtime.experts import open_experts
 from ..runtime.install import install
 from ..runtime.keys import check_parameters, checkpoint_keys, tied
 from .discovery import architecture_of
+from .experts import opened
 from .source import Source
 
 # Loads the tensors of these checkpoint keys: (key, tensor) pairs on the CPU.
@@ -31,7 +33,7 @@ Reader = Callable[[Iterable[str]], Iterable[tuple[str, Tensor]]]
 
 
 def build_skeleton(folder: Folder, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a folder's config on the meta device, to compute in `dtype`.
+    """The model of a folder's config on the meta device, to compute in `dtype`; its experts are opened.
 
     Raises:
         SourceError: transformers cannot build a model from the config.
@@ -54,6 +56,7 @@ def build_skeleton(folder: Folder, dtype: torch.dtype) -> PreTrainedModel:
     except Exception as error:  # whatever transformers makes of a strange config
         raise SourceError(f"transformers cannot build {folder.name} from its config.json: {one_line(error)}") from error
     model.train(False)
+    open_experts(model)
     return model
 
 
@@ -85,6 +88,10 @@ class StreamedModel:
         self.keys = dict(keys)
         self.aliases = tied(model, keys)
         check_parameters(model, keys, specs)
+        around = ((name, part) for name, part in model.named_modules() if isinstance(part, PreTrainedModel))
+        self._body = [part for name, part in around if not name or self.prefix.startswith(f"{name}.")][
+            -1
+        ]  # without a head
         self._outer = [name for name in self.keys if not name.startswith(f"{self.prefix}.")]
         # What each layer gets besides the hidden states, by the number of rows in a batch.
         self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
@@ -101,7 +108,7 @@ class StreamedModel:
         head = self._names_of(self.model.get_output_embeddings())
         with self._loaded([name for name in self._outer if name not in head]), self._stubs(), torch.no_grad():
             for batch in batches:
-                self.model.base_model(input_ids=batch.to(self.device), use_cache=False)
+                self._body(input_ids=batch.to(self.device), use_cache=False)
         states, self._captured = self._captured, []
         return states
 
@@ -231,6 +238,7 @@ def gated_stream(
 def dense_stream(source: Folder, dtype: torch.dtype, device: torch.device) -> StreamedModel:
     """The source as it is, computed in `dtype`."""
     model = build_skeleton(source, dtype)
+    source = opened(source, model)
     return StreamedModel(
         model,
         architecture_of(source, model),

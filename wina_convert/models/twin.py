@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import SourceError, one_line
+from ..format.experts import experts_given
 from .structure import decoder_layers
 
 HEAD_DIM = 16  # the least features of a head: a quarter of them may be rotary, in pairs
@@ -27,6 +28,7 @@ _WIDTH = re.compile(
     r"|(\w+_)?(head_dim|lora_rank)|d_model|n_embd|n_inner|d_ff|dff|dim_ff|d_kv|dim_head|kv_channels|rotary_dim|lru_width|rope_dim"
 )
 _WINDOW = re.compile(r"(\w+_)?(sliding_window|window_size|attention_chunk_size)(_\w+)?")
+_EXPERTS = re.compile(r"num_experts|num_local_experts|n_routed_experts|moe_num_experts")
 _TOKEN = re.compile(r"(\w+_)?token_id")
 _LEFT_OUT = ("architectures", "auto_map", "transformers_version", "dtype", "torch_dtype", "quantization_config")
 
@@ -65,6 +67,7 @@ def make_twin(model: PreTrainedModel, seed: int = 0, vocabulary: int = VOCABULAR
             f"({one_line(error)}); the type is not supported"
         ) from error
     twin.train(False)
+    twin.config._experts_implementation = "eager"  # the others need widths that are multiples of 16 bytes
     random_weights(twin, seed)
     return twin
 
@@ -79,7 +82,7 @@ def shrink(config: PreTrainedConfig, layers: int, kept: int, vocabulary: int = V
         vocabulary: the most tokens that it knows.
     """
     fields = {name: value for name, value in config.to_dict().items() if name not in _LEFT_OUT}
-    factor = _factor(config, fields)
+    factor, experts = _factor(config, fields), _experts(fields)
     counts = {"num_hidden_layers", config.attribute_map.get("num_hidden_layers", "")}
 
     def shrunk(name: str, value: Any) -> Any:
@@ -97,11 +100,20 @@ def shrink(config: PreTrainedConfig, layers: int, kept: int, vocabulary: int = V
             return value // factor
         if _WINDOW.fullmatch(name):
             return min(value, WINDOW)
+        if _EXPERTS.fullmatch(name):
+            return min(value, experts)
         if "vocab" in name:
             return min(value, vocabulary)
         return min(value, vocabulary - 1) if _TOKEN.fullmatch(name) else value
 
     return type(config)(**{name: shrunk(name, value) for name, value in fields.items()})
+
+
+def _experts(fields: dict[str, Any]) -> int:
+    """The most experts: four times as many as a token is given, in as many groups, each of at least two."""
+    groups = max([fields.get(name) or 1 for name in ("n_group", "num_expert_group")])
+    least = max(4 * (experts_given(fields) or 1), 2 * groups)
+    return least + -least % groups
 
 
 def _factor(config: PreTrainedConfig, fields: dict[str, Any]) -> int:

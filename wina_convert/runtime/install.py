@@ -10,22 +10,29 @@ from ..format.config import WinaConfig
 from ..format.curve import ascends, starts_at_zero
 from ..format.grid import check_sparsity
 from ..format.names import WEIGHT
+from .experts import open_experts, tell_prefill
 from .linear import DenseLinear, WinaLinear, gated_modules
 
 
 def install(model: nn.Module, config: WinaConfig) -> None:
     """Replace the modules that `config.modules` names by empty WinaLinears, on the modules' own device.
 
-    The linear modules that stay dense become DenseLinears. The names match by dotted suffix: `model.layers.0...` of a
-    causal LM is `layers.0...` in its base model.
+    Experts are opened. The linear modules that stay dense become DenseLinears. The names match by dotted suffix:
+    `model.layers.0...` of a causal LM is `layers.0...` in its base model.
 
     Raises:
         CheckpointError: a name matches nothing or something that is not a linear projection.
     """
+    open_experts(model)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    by_end: dict[str, list[str]] = {}  # a mixture has ten thousands of them
+    for name in linears:
+        by_end.setdefault(_end(name), []).append(name)
     for gated in config.modules:
         matches = [
-            name for name in linears if name == gated or gated.endswith(f".{name}") or name.endswith(f".{gated}")
+            name
+            for name in (by_end.get(_end(gated), ()) if "." in gated else linears)
+            if f".{name}".endswith(f".{gated}") or f".{gated}".endswith(f".{name}")
         ]
         if len(matches) != 1:
             raise CheckpointError(
@@ -55,6 +62,11 @@ def install(model: nn.Module, config: WinaConfig) -> None:
         model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), rf"{re.escape(suffix)}\.{WEIGHT}$"])  # type: ignore[assignment]
 
 
+def _end(name: str) -> str:
+    """The last two parts of a dotted name."""
+    return ".".join(name.split(".")[-2:])
+
+
 def configure(model: nn.Module, config: WinaConfig) -> None:
     """Set sparsity and prefill of every gated projection from the config; the weights are loaded.
 
@@ -73,6 +85,8 @@ def configure(model: nn.Module, config: WinaConfig) -> None:
             )
         module.dense_prefill = config.prefill == "dense"
         module.set_sparsity(config.sparsity or 0.0)
+    if config.prefill == "dense":
+        tell_prefill(model)
 
 
 def set_sparsity(model: nn.Module, sparsity: float) -> None:

@@ -17,6 +17,7 @@ from ..errors import CheckpointError, WinaError, as_checkpoint_error, one_line
 from ..format.checkpoint import open_checkpoint
 from ..format.names import INSTALL, WEIGHT
 from ..format.shards import sentinel
+from .experts import opened_experts
 from .grouping import group
 from .install import configure, install
 from .linear import gated_modules
@@ -30,6 +31,7 @@ class WinaQuantizer(HfQuantizer):
     """Builds and finishes the gated model inside `from_pretrained`."""
 
     quantization_config: WinaConfig
+    mixture = False  # whether the model has experts, of which the router chooses: no graph knows beforehand which run
     chosen_attention = False  # whether the caller named one, which is never replaced
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -55,12 +57,17 @@ class WinaQuantizer(HfQuantizer):
         from . import attention  # here, because transformers imports this module before it is complete
 
         configure(model, self.quantization_config)
+        self.mixture = bool(opened_experts(model))
         group(model)
         attention.use(model, not self.chosen_attention)
         for module in model.modules():
             if hasattr(module, "save_pretrained"):  # a part of the model that is saved alone needs the sentinel too
                 module.hf_quantizer = self  # type: ignore[assignment]
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        # With opened experts the stored names are those of the parameters: nothing is joined, renamed, or parted when saved.
+        return [] if opened_experts(model) else weight_conversions
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         name = next(iter(gated_modules(model)))
@@ -75,7 +82,7 @@ class WinaQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        return True
+        return not self.mixture
 
 
 def accept(config: Any) -> Any:
