@@ -23,7 +23,9 @@ from wina_convert.architectures import REFUSED
 from wina_convert.errors import WinaError, one_line
 
 # where a type's default config leaves out what every released model of it says
-MISSING = {name: {"head_dim": 128} for name in ("hunyuan_v1_dense", "ministral", "nemotron")}
+MISSING = {name: {"head_dim": 128} for name in ("hunyuan_v1_dense", "ministral", "nemotron")} | {
+    "deepseek_v2": {"num_experts_per_tok": 6}
+}
 
 
 def outcome(model_type: str, folder: Path) -> tuple[str, str]:

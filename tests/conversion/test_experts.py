@@ -154,6 +154,8 @@ def test_experts_that_are_given_too_little_share_thresholds(tmp_path: Path) -> N
     assert report["experts"]["fewest_tokens"] == 64
     assert report["experts"]["gated"] == 2 * config_of(dense)["num_experts"]
     assert pooled
+    card = (tmp_path / "gated" / "README.md").read_text()
+    assert f"{len(pooled)} of {report['experts']['gated']} experts were given\nfewer than 64 tokens" in card
     for layer in (0, 1):
         here = [name for name in pooled if name.startswith(f"model.layers.{layer}.")]
         curves = [made[f"{name}.up_proj.thresholds"] for name in here]
@@ -209,6 +211,14 @@ def test_a_search_over_every_expert_is_refused(mixtral: tuple[Path, Path, dict[s
     dense, _, _ = mixtral
     with pytest.raises(OptionError, match=r"every matrix of dense by itself, and it has 44.*--ignore '\*.experts.\*'"):
         convert(dense, tmp_path / "gated", allocation="greedy")
+
+
+def test_tuning_leaves_experts_as_they_are_and_says_so(
+    mixtral: tuple[Path, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    dense, _, _ = mixtral
+    plan = convert(dense, tmp_path / "gated", tune=True, dry_run=True)
+    assert plan["tuning"] == {"kept": False, "reason": "thresholds of experts are not learned yet"}
 
 
 def test_experts_of_an_unknown_form_are_refused(tmp_path: Path) -> None:

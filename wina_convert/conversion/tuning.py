@@ -104,7 +104,7 @@ def plan_tuning(source: Source, plan: ConversionPlan, length: int, device: torch
         else f"learning takes {nbytes / 1e9:.1f} GB, which the {device.type} does not have free"
     )
     if any(one.share < 1 for one in plan.projections):
-        reason = "no experts were learned on yet, of which the router chooses others once inputs are skipped"
+        reason = "thresholds of experts are not learned yet"
     looks = learning.STEPS // learning.LOOK * (3 * FITTED + JUDGED)
     return TuningPlan(
         nbytes=nbytes,

@@ -110,10 +110,10 @@ def shrink(config: PreTrainedConfig, layers: int, kept: int, vocabulary: int = V
 
 
 def _experts(fields: dict[str, Any]) -> int:
-    """The most experts: four times as many as a token is given, in as many groups, each of at least two."""
-    groups = max([fields.get(name) or 1 for name in ("n_group", "num_expert_group")])
-    least = max(4 * (experts_given(fields) or 1), 2 * groups)
-    return least + -least % groups
+    """The fewest experts of which the twin may choose: twice as many as a token is given, and in every group enough to choose."""
+    given, groups = experts_given(fields) or 1, fields.get("n_group") or fields.get("num_expert_group") or 1
+    chosen = fields.get("topk_group") or groups
+    return -(-max(2 * given, groups * max(2, -(-given // chosen))) // groups) * groups
 
 
 def _factor(config: PreTrainedConfig, fields: dict[str, Any]) -> int:

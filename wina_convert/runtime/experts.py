@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import SORTED_EXPERTS
+from ..errors import SourceError
 from .linear import WinaLinear
 
 FUSED, GATE, UP, DOWN = "gate_up_proj", "gate_proj", "up_proj", "down_proj"
 BIAS = "_bias"  # behind the name of a matrix: its biases
+MOST = 1 << 17  # experts of all layers: a module is made for each
 LEAVES = {name + end for name in (FUSED, UP, DOWN) for end in ("", BIAS)}
 
 
@@ -102,6 +104,21 @@ class OpenedExperts(nn.Module):
         result: Tensor = parts[DOWN](self.fused.act_fn(up) if gate is None else self._gated(gate, up))
         return result
 
+    def closed(self) -> nn.Module:
+        """The module of transformers again, with a copy of the experts' plain matrices as its parameters."""
+        for leaf in self.leaves:
+            stacked = []
+            for number in range(self.count):
+                parts = {path: self.get_parameter(f"{number}.{path}") for path in self.rows(leaf, 2)}
+                total = sum(map(len, parts.values()))
+                entry = torch.cat(tuple(parts.values()))
+                for path, rows in self.rows(leaf, total).items():
+                    entry[rows] = parts[path]
+                stacked.append(entry.t() if self.transposed and not leaf.endswith(BIAS) else entry)
+            self.fused.register_parameter(leaf, nn.Parameter(torch.stack(stacked), requires_grad=False))
+        fused: nn.Module = self.fused
+        return fused
+
     def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
         if not hasattr(self.fused, "_apply_gate"):
             return self.fused.act_fn(gate) * up  # type: ignore[no-any-return]
@@ -124,12 +141,21 @@ class OpenedSortedExperts(OpenedExperts):
 
 
 def open_experts(model: nn.Module) -> None:
-    """Open the experts of a model in place, where their form is known; what they hold stays where it is, in views."""
-    for name, module in list(model.named_modules()):
-        sort = type(module).__name__ in SORTED_EXPERTS
-        stacked = {leaf: parameter.dim() for leaf, parameter in module.named_parameters()}
-        if (sort or hasattr(module, "is_concatenated")) and {DOWN} <= stacked.keys() <= LEAVES:
-            model.set_submodule(name, OpenedSortedExperts(module) if sort else OpenedExperts(module))
+    """Open the experts of a model in place, where their form is known; what they hold stays where it is, in views.
+
+    Raises:
+        SourceError: there are more of them than any model has.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        known = hasattr(module, "is_concatenated") or type(module).__name__ in SORTED_EXPERTS
+        if known and {DOWN} <= {leaf for leaf, _ in module.named_parameters()} <= LEAVES:
+            found[name] = module
+    if (count := sum(len(module.get_parameter(DOWN)) for module in found.values())) > MOST:
+        raise SourceError(f"config.json asks for {count} experts; at most {MOST} make sense; get the file again")
+    for name, module in found.items():
+        kind = OpenedSortedExperts if type(module).__name__ in SORTED_EXPERTS else OpenedExperts
+        model.set_submodule(name, kind(module))
 
 
 def opened_experts(model: nn.Module) -> dict[str, OpenedExperts]:

@@ -5,7 +5,7 @@ import re
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, as_checkpoint_error
 from ..format.config import WinaConfig
 from ..format.curve import ascends, starts_at_zero
 from ..format.grid import check_sparsity
@@ -23,7 +23,8 @@ def install(model: nn.Module, config: WinaConfig) -> None:
     Raises:
         CheckpointError: a name matches nothing or something that is not a linear projection.
     """
-    open_experts(model)
+    with as_checkpoint_error():
+        open_experts(model)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     by_end: dict[str, list[str]] = {}  # a mixture has ten thousands of them
     for name in linears:
