@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d{1,9})\.(.+)")
-# How config.json says how many experts a token is given, by family.
+# How config.json says how many experts there are, and how many of them a token is given.
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 GIVEN = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architectures import DENSE, Architecture
 from ..errors import SourceError, one_line
-from ..format.experts import experts_given, of_any_expert, split_expert
+from ..format.experts import COUNTS, experts_given, of_any_expert, split_expert
 from ..format.folder import Folder
 from ..format.names import WEIGHT
 from ..runtime.experts import open_experts, opened_experts
@@ -21,7 +21,6 @@ from .twin import make_twin
 
 TOKENS = 12  # of each of two sequences that the twin is run on
 NARROW = 16  # outputs: of fewer, the float32 cutoffs are more than an eighth of a weight in half precision
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # fields with their number
 
 _ATTENTION = re.compile(r"att", re.IGNORECASE)
 _FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|moe|expert|\bfc|\bw\d|^intermediate|^output", re.IGNORECASE)
@@ -89,7 +88,7 @@ def discover(model: PreTrainedModel) -> Architecture:
 def _check_experts(model: PreTrainedModel, path: str) -> None:
     """Refuse experts that could not be opened, and those of which it is not known how many a token is given."""
     opened = opened_experts(model)
-    counts = {getattr(model.config.get_text_config(), field, None) for field in EXPERTS}
+    counts = {getattr(model.config.get_text_config(), field, None) for field in COUNTS}
     for name, parameter in model.get_submodule(path).named_parameters():
         stacked = parameter.dim() > 2 and len(parameter) in counts
         if stacked or (".experts." in name and split_expert(name) is None):

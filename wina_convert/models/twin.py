@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import SourceError, one_line
-from ..format.experts import experts_given
+from ..format.experts import COUNTS, experts_given
 from .structure import decoder_layers
 
 HEAD_DIM = 16  # the least features of a head: a quarter of them may be rotary, in pairs
@@ -25,10 +25,9 @@ SHORT = ("short_factor", "long_factor")  # of rotary embeddings: a number for ev
 # Fields that count features. All are divided by one number, so that what is a product of others stays one.
 _WIDTH = re.compile(
     r"(\w+_)?(hidden|intermediate|ffn|mlp|embed|embedding|model)_(\w+_)?(size|dim)|(hidden|intermediate)_size_\w+"
-    r"|(\w+_)?(head_dim|lora_rank)|d_model|n_embd|n_inner|d_ff|dff|dim_ff|d_kv|dim_head|kv_channels|rotary_dim|lru_width|rope_dim"
+    r"|(\w+_)?(head_dim|lora_rank)|d_model|n_embd|n_inner|d_ff|dff|dim_ff|d_kv|dim_head|kv_channels|rotary_dim|lru_width|rope_dim|mamba_d_head"
 )
 _WINDOW = re.compile(r"(\w+_)?(sliding_window|window_size|attention_chunk_size)(_\w+)?")
-_EXPERTS = re.compile(r"num_experts|num_local_experts|n_routed_experts|moe_num_experts")
 _TOKEN = re.compile(r"(\w+_)?token_id")
 _LEFT_OUT = ("architectures", "auto_map", "transformers_version", "dtype", "torch_dtype", "quantization_config")
 
@@ -100,7 +99,7 @@ def shrink(config: PreTrainedConfig, layers: int, kept: int, vocabulary: int = V
             return value // factor
         if _WINDOW.fullmatch(name):
             return min(value, WINDOW)
-        if _EXPERTS.fullmatch(name):
+        if name in COUNTS:
             return min(value, experts)
         if "vocab" in name:
             return min(value, vocabulary)
