@@ -113,8 +113,8 @@ def test_experts_lie_in_the_checkpoint_one_by_one(mixtral: tuple[Path, Path, dic
     dense, gated, _ = mixtral
     stored, made = load_file(dense / "model.safetensors"), tensors_of(gated)
     for theirs, ours in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
-        weight = stored[f"model.layers.1.block_sparse_moe.experts.4.{theirs}.weight"]
-        assert torch.equal(made[f"model.layers.1.mlp.experts.4.{ours}.weight_t"], weight.t())
+        weight = stored[f"model.layers.1.block_sparse_moe.experts.3.{theirs}.weight"]
+        assert torch.equal(made[f"model.layers.1.mlp.experts.3.{ours}.weight_t"], weight.t())
     router = stored["model.layers.1.block_sparse_moe.gate.weight"]
     assert torch.equal(made["model.layers.1.mlp.gate.weight"], router)
     assert not any("block_sparse_moe" in name for name in made)
@@ -146,23 +146,22 @@ def test_a_dense_prefill_gates_decoding_alone(mixtral: tuple[Path, Path, dict[st
     )
 
 
-def test_experts_that_are_given_too_little_share_thresholds(tmp_path: Path) -> None:
-    changes = MIXTURES["olmoe"] | {"num_experts": 64}
-    dense = make_type("olmoe", tmp_path / "dense", **changes)
-    report = convert(dense, tmp_path / "gated", samples=2)  # 128 tokens, two experts each
-    pooled, made = report["experts"]["pooled"], tensors_of(tmp_path / "gated")
-    assert report["experts"]["fewest_tokens"] == 64
-    assert report["experts"]["gated"] == 2 * config_of(dense)["num_experts"]
-    assert pooled
-    card = (tmp_path / "gated" / "README.md").read_text()
-    assert f"{len(pooled)} of {report['experts']['gated']} experts were given\nfewer than 64 tokens" in card
-    for layer in (0, 1):
-        here = [name for name in pooled if name.startswith(f"model.layers.{layer}.")]
-        curves = [made[f"{name}.up_proj.thresholds"] for name in here]
-        assert all(torch.equal(curve, curves[0]) for curve in curves)
-    others = {name.rpartition(".")[0] for name in report["projections"] if ".experts." in name} - {*pooled}
-    curves = [made[f"{name}.up_proj.thresholds"] for name in sorted(others)]
-    assert not any(torch.equal(curve, curves[0]) for curve in curves[1:])
+def test_experts_that_are_given_too_little_share_thresholds(
+    mixtral: tuple[Path, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    dense, gated, report = mixtral
+    own, shared = report["experts"], convert(dense, tmp_path / "gated", samples=1, seq_len=32)["experts"]  # 32 tokens
+    every = sorted(f"model.layers.{layer}.mlp.experts.{number}" for layer in (0, 1) for number in range(4))
+    assert shared == {"gated": 8, "fewest_tokens": 64, "pooled": every}
+    assert "8 of 8 experts were given\nfewer than 64 tokens" in (tmp_path / "gated" / "README.md").read_text()
+    curves = {name: tensors_of(tmp_path / "gated")[f"{name}.up_proj.thresholds"] for name in every}
+    for name, curve in curves.items():
+        alike = [other for other in every if torch.equal(curves[other], curve)]
+        assert alike == [other for other in every if other[:15] == name[:15]]  # those of its layer
+    assert own["pooled"] == []
+    assert "experts were given" not in (gated / "README.md").read_text()
+    curves = {name: tensors_of(gated)[f"{name}.up_proj.thresholds"] for name in every}
+    assert not any(torch.equal(curves[name], curves[other]) for name in every for other in every if name != other)
 
 
 def test_a_resumed_conversion_knows_which_experts_were_given_too_little(
@@ -201,7 +200,7 @@ def test_a_plan_tells_the_experts(mixtral: tuple[Path, Path, dict[str, Any]], tm
     done = run_wina(
         "convert", str(dense), "--out", str(tmp_path / "x"), "--dry-run", "--basis", "none", "--samples", "8"
     )
-    assert re.search(r"up_proj of 6 experts +64 +96 +2\n", done.stdout)
+    assert re.search(r"up_proj of 4 experts +64 +96 +2\n", done.stdout)
     shown = run_wina("inspect", str(gated)).stdout
     assert re.search(r"layer .*gate_proj +up_proj +down_proj\n", shown)
     assert shown.count(" to ") == 6
@@ -209,7 +208,7 @@ def test_a_plan_tells_the_experts(mixtral: tuple[Path, Path, dict[str, Any]], tm
 
 def test_a_search_over_every_expert_is_refused(mixtral: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
     dense, _, _ = mixtral
-    with pytest.raises(OptionError, match=r"every matrix of dense by itself, and it has 44.*--ignore '\*.experts.\*'"):
+    with pytest.raises(OptionError, match=r"every matrix of dense by itself, and it has 32.*--ignore '\*.experts.\*'"):
         convert(dense, tmp_path / "gated", allocation="greedy")
 
 

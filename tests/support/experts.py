@@ -27,11 +27,17 @@ LATENT: dict[str, Any] = {
 
 # Sizes of every kind of experts, by type: how they are stored, chosen and computed.
 MIXTURES: dict[str, dict[str, Any]] = {
-    "mixtral": {**SMALL, "num_local_experts": 6},  # stored one by one, under other names
+    "mixtral": {**SMALL, "num_local_experts": 4},  # stored one by one, under other names
     "qwen3_moe": {**SMALL, "moe_intermediate_size": 32, "num_experts": 12, "num_experts_per_tok": 3},
     "olmoe": {**SMALL, "num_experts": 8, "num_experts_per_tok": 2},
     "qwen2_moe": {**SMALL, "moe_intermediate_size": 32, "num_experts": 8, "shared_expert_intermediate_size": 64},
     "granitemoe": {**SMALL, "num_local_experts": 6},  # stored all in one
+    "exaone_moe": {
+        **SMALL,
+        "moe_intermediate_size": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+    },  # a bias of the router
     "glm4_moe": {**SMALL, "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2},
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,  # chosen by groups

@@ -39,7 +39,7 @@ def opened(source: _AnyFolder, model: PreTrainedModel) -> _AnyFolder:
         SourceError: the tensors of its experts are in no form that is known.
     """
     experts = opened_experts(model)
-    if not experts or all(f"{name}.0.down_proj.weight" in source.tensors for name in experts):
+    if not experts or all(spec.stored for spec in source.tensors.values()):  # none, or opened already
         return source
     leaves = {f"{name}.{leaf}": (name, leaf) for name, module in experts.items() for leaf in module.leaves}
     state = dict.fromkeys([*model.state_dict(), *leaves], True)
