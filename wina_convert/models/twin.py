@@ -8,12 +8,13 @@ import re
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import SourceError, one_line
 from ..format.experts import COUNTS, experts_given
+from ..runtime.experts import stored_transposed
 from .structure import decoder_layers
 
 HEAD_DIM = 16  # the least features of a head: a quarter of them may be rotary, in pairs
@@ -137,10 +138,19 @@ def random_weights(model: nn.Module, seed: int) -> None:
             noise = torch.empty_like(parameter).normal_(generator=generator)
             if isinstance(owners[owner], nn.Embedding):
                 parameter.copy_(0.05 * noise)  # small: else a tied head answers with the token it was given
-            elif isinstance(owners[owner], (nn.Linear, Conv1D)) and name == "weight":
-                axis = 0 if isinstance(owners[owner], Conv1D) else 1
+            elif (axis := _inputs(owners[owner], name, parameter)) is not None:
                 inputs = parameter.shape[axis]
                 scale = torch.empty(inputs).uniform_(0.5, 2.0, generator=generator) / inputs**0.5
-                parameter.copy_(noise * scale.unsqueeze(1 - axis))  # columns of unlike norms: the rule depends on them
+                alone = [inputs if dimension == axis else 1 for dimension in range(parameter.dim())]
+                parameter.copy_(noise * scale.view(alone))  # columns of unlike norms: the rule depends on them
             else:  # biases, and the weights of norms, which are 1 or (Gemma) 0
                 parameter.add_(0.2 * noise)
+
+
+def _inputs(owner: nn.Module, name: str, parameter: Tensor) -> int | None:
+    """The dimension of a parameter along which the inputs of a linear map are; None: it is of no linear map."""
+    if isinstance(owner, (nn.Linear, Conv1D)) and name == "weight":
+        return 0 if isinstance(owner, Conv1D) else 1
+    if parameter.dim() == 3 and name.endswith("_proj"):  # of all experts of a layer
+        return 1 if stored_transposed(owner) else 2
+    return None

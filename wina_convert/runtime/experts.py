@@ -35,6 +35,12 @@ class Expert(nn.Module):
                 self.add_module(name, linear)
 
 
+def stored_transposed(fused: nn.Module) -> bool:
+    """Whether an experts module of transformers stores its matrices as [in, out]."""
+    found: bool = getattr(fused, "is_transposed", type(fused).__name__ in SORTED_EXPERTS)
+    return found
+
+
 class OpenedExperts(nn.Module):
     """Computes what an experts module of transformers does, an expert after another, and only those that a token is given.
 
@@ -52,7 +58,7 @@ class OpenedExperts(nn.Module):
         super().__init__()
         stacked = {name: parameter.detach() for name, parameter in fused.named_parameters()}
         self.count, self.leaves = len(stacked[DOWN]), tuple(stacked)
-        self.transposed = getattr(fused, "is_transposed", type(fused).__name__ in SORTED_EXPERTS)
+        self.transposed = stored_transposed(fused)
         self.concatenated = getattr(fused, "is_concatenated", True)
         self.several: bool | None = None
         for number in range(self.count):
