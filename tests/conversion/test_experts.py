@@ -16,6 +16,7 @@ from support.experts import MIXTURES
 from support.families import make_type
 from support.folders import config_of, tensors_of
 from support.interrupting import CLOCK, interrupted_in_layer
+from support.reader import Reader
 from support.reference import (
     any_expert,
     assert_dense_at_0,
@@ -120,6 +121,17 @@ def test_experts_lie_in_the_checkpoint_one_by_one(mixtral: tuple[Path, Path, dic
     assert not any("block_sparse_moe" in name for name in made)
 
 
+def test_a_reader_of_the_specification_computes_an_expert(mixtral: tuple[Path, Path, dict[str, Any]]) -> None:
+    _, gated, _ = mixtral
+    reader, model = Reader(gated), wina_convert.load(str(gated))
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        module = model.get_submodule(name := f"model.layers.1.mlp.experts.2.{part}")
+        x = torch.randn(3, module.in_features)
+        expected, kept = reader.product(name, x.numpy())
+        assert 0 < kept.mean() < 1
+        torch.testing.assert_close(module(x), torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
+
+
 def test_a_saved_mixture_loads_again(mixtral: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
     _, gated, _ = mixtral
     model = wina_convert.load(str(gated))
@@ -204,6 +216,10 @@ def test_a_plan_tells_the_experts(mixtral: tuple[Path, Path, dict[str, Any]], tm
     shown = run_wina("inspect", str(gated)).stdout
     assert re.search(r"layer .*gate_proj +up_proj +down_proj\n", shown)
     assert shown.count(" to ") == 6
+    text = tmp_path / "text.txt"
+    text.write_text("A token is given to two of four experts. " * 200)
+    shown = run_wina("eval", str(gated), "--text", str(text), "--samples", "2").stdout
+    assert re.search(r"layer +q_proj +k_proj +v_proj +o_proj +gate_proj +up_proj +down_proj\n", shown)
 
 
 def test_a_search_over_every_expert_is_refused(mixtral: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:

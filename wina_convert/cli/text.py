@@ -139,7 +139,7 @@ def evaluation_text(found: "Evaluation", texts: Sequence[str]) -> str:
     lines = [*_measured_on([found], texts), "", table(rows)]
     for one in found.measurements:
         lines += ["", f"achieved by projection at {one.sparsity:.1%}", ""]
-        lines.append(table(by_layer({name: f"{fraction:.1%}" for name, fraction in one.projections.items()})))
+        lines.append(table(by_layer(one.projections, "{:.1%}")))
     return "\n".join(lines)
 
 
@@ -286,13 +286,13 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def by_layer(cells: dict[str, str]) -> list[list[str]]:
-    """A row for each decoder layer and a column for each kind of projection, from module names to cells."""
-    layers: dict[str, dict[str, str]] = {}
-    for name, cell in cells.items():
+def by_layer(values: Mapping[str, float], form: str) -> list[list[str]]:
+    """A row for each decoder layer and a column for each kind of projection, from values by module name."""
+    layers: dict[int, dict[str, float]] = {}
+    for name, value in values.items():
         place = split_layer(name)
         if place is not None:
-            layers.setdefault(str(place[1]), {})[place[2]] = cell
-    kinds = list(dict.fromkeys(kind for row in layers.values() for kind in row))
+            layers.setdefault(place[1], {})[place[2]] = value
+    kinds = list(dict.fromkeys(of_any_expert(kind) for row in layers.values() for kind in row))
     header = ["layer", *(kind.rpartition(".")[2] for kind in kinds)]
-    return [header, *([layer, *(row.get(kind, "-") for kind in kinds)] for layer, row in layers.items())]
+    return [header, *([str(layer), *(span(kind, row, form) for kind in kinds)] for layer, row in layers.items())]
