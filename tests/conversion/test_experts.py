@@ -26,6 +26,7 @@ from support.reference import (
     logits,
     random_prompt,
 )
+from wina_convert.conversion import proof
 from wina_convert.errors import OptionError, SourceError
 from wina_convert.verbs.inspect import inspect_checkpoint
 from wina_convert.verbs.retarget import retarget
@@ -205,6 +206,19 @@ def test_experts_may_stay_dense(mixtral: tuple[Path, Path, dict[str, Any]], tmp_
     model = wina_convert.load(str(tmp_path / "gated"))
     model.save_pretrained(tmp_path / "again")
     assert tensors_of(tmp_path / "again").keys() == tensors_of(tmp_path / "gated").keys()
+
+
+def test_experts_that_stay_dense_are_held_against_the_source_in_slices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proof, "SLICE", 1 << 10)
+    dense = make_type("granitemoe", tmp_path / "dense", **MIXTURES["granitemoe"])  # cut out of tensors of all experts
+    report = convert(dense, tmp_path / "gated", targets=("attention",), dtype="bfloat16")
+    assert report["verification"]["tensors"] == len(tensors_of(dense)) + 2 * 3 * 4 - 2 * 2
+    assert tensors_of(tmp_path / "gated")["model.layers.0.block_sparse_moe.experts.3.down_proj.weight"].shape == (
+        64,
+        96,
+    )
 
 
 def test_a_plan_tells_the_experts(mixtral: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:

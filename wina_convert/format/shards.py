@@ -38,6 +38,7 @@ FOREIGN = {
     "U64": torch.uint64,
     "C64": torch.complex64,
 }
+SLICE = 1 << 26  # bytes of a tensor that goes by in slices
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -197,17 +198,18 @@ def read_tensors(folder: Path, specs: Iterable[TensorSpec]) -> Iterator[tuple[st
             raise SourceError(f"{folder / file} cannot be read ({error})") from error
 
 
-def read_rows(folder: Path, spec: TensorSpec, nbytes: int = 1 << 26) -> Iterator[Tensor]:
+def read_rows(folder: Path, spec: TensorSpec, nbytes: int = SLICE) -> Iterator[Tensor]:
     """Yield a stored tensor in slices along its first dimension of about `nbytes`, never mapping more than one.
 
     Raises:
         SourceError: the file cannot be read.
     """
-    if spec.piece is not None:  # a matrix of an expert
-        yield from (tensor for _, tensor in read_tensors(folder, [spec]))
-        return
     rows = spec.shape[0] if spec.shape else 0
     step = max(1, nbytes * rows // max(spec.nbytes, 1)) if rows else 1
+    if spec.piece is not None:  # a matrix of an expert
+        for _, tensor in read_tensors(folder, [spec]):
+            yield from tensor.split(step)
+        return
     try:
         for start in range(0, max(rows, 1), step):
             with safe_open(
