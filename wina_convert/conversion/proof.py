@@ -34,7 +34,7 @@ class Proof:
     Attributes:
         tensors: tensors compared with the source, bit for bit.
         thresholds: of every gated projection at the default sparsity.
-        parity: largest logit difference to the dense model at sparsity 0, relative to the largest logit.
+        parity: largest logit difference to the dense model at sparsity 0, relative to the largest logit (see `Measurement`).
         held_out: the gated model at its default sparsity on calibration text that no threshold was fitted on.
     """
 
