@@ -25,6 +25,10 @@ from wina_convert.errors import WinaError, one_line
 # where a type's default config leaves out what every released model of it says
 MISSING = {name: {"head_dim": 128} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "nemotron")} | {
     "deepseek_v2": {"num_experts_per_tok": 6},
+    "nemotron_h": {
+        "moe_intermediate_size": 7680,
+        "moe_shared_expert_intermediate_size": 7680,
+    },  # transformers wants multiples
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
 }
 
