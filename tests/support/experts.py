@@ -45,7 +45,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "gpt_oss": {**SMALL, "num_local_experts": 6},  # transposed, interleaved, with biases, clamped
 }
 
-TRANSPOSED = ("Llama4TextExperts", "GptOssExperts")  # store [in, out]
+TRANSPOSED = ("Llama4TextExperts", "GptOssExperts", "AriaExperts")  # store [in, out]
 
 
 def matrix_of(model: Any, name: str) -> tuple[Tensor, Tensor | None]:
