@@ -118,10 +118,15 @@ PRIOR = {
 
 # Linear maps that are never gated: a pattern of the name within a decoder layer, and why.
 DENSE = {
-    r"(^|\.)(mamba|mixer|ssm)\.": "belongs to a state-space block, whose kernels read the weight past the module",
+    r"(^|\.)(mamba|mixer|ssm)\.(?!(shared_)?experts\.)": (
+        "belongs to a state-space block, whose kernels read the weight past the module"
+    ),
     r"(^|\.)(in_proj_ba?|in_proj_a|[ab]_proj|dt_proj|x_proj)$": "sets how fast a recurrent state forgets",
     r"(^|\.)(router|gate|shared_expert_gate)$": "chooses experts",
 }
+
+# Modules of experts that get every token, sorted by expert and as zeros where it is not chosen, and store matrices as [in, out].
+SORTED_EXPERTS = frozenset({"Llama4TextExperts"})
 
 RECURRENT = "it has recurrent state only, whose kernels read the weights past the modules"
 SHARED = "its later layers take keys and values of earlier ones, which a conversion of a layer at a time does not have"

@@ -47,7 +47,7 @@ WRAPPERS = (
 )
 # where a type's default config leaves out what every released model of it says
 MISSING: dict[str, dict[str, Any]] = {
-    **{name: {"head_dim": 128} for name in ("hunyuan_v1_dense", "ministral")},
+    **{name: {"head_dim": 128} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
     "emu3": {"vocabulary_map": {"<|extra_200|>": 9, "<image>": 7}},
     "nemotron": {"head_dim": 128, "num_attention_heads": 48, "num_key_value_heads": 8},
@@ -60,6 +60,12 @@ MISSING: dict[str, dict[str, Any]] = {
         }
         for name in ("qwen2_vl", "qwen2_5_vl")
     },
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "nemotron_h": {
+        "moe_intermediate_size": 7680,
+        "moe_shared_expert_intermediate_size": 7680,
+    },  # transformers wants multiples
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
 }
 
 

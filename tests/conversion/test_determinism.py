@@ -154,7 +154,7 @@ def test_the_order_of_the_sequences_behind_the_pilot_changes_no_threshold(seed: 
     for chosen in (list(range(12)), order):
         states = {level: [sequences[n] for n in chosen] for level in (0.25, 0.5)}
         with torch.no_grad():
-            found = calibrate_layer(lambda batch, number: gate(batch), {"gate": gate}, states, lambda done: None)
+            found, _ = calibrate_layer(lambda batch, number: gate(batch), {"gate": gate}, states, lambda done: None)
         curves.append(threshold_curve(found["gate"], GRID))
         behind.append({level: dict(zip(chosen, batches, strict=True)) for level, batches in states.items()})
     assert curves[0].max() > 0

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from support.commands import SMALL, contents, refused, run
+from wina_convert.conversion import proof
 from wina_convert.conversion.plan import make_plan
 from wina_convert.conversion.proof import Proof, prove
 from wina_convert.errors import CheckpointError, VerificationError, WinaError
@@ -166,3 +167,10 @@ def test_a_conversion_whose_verification_fails_leaves_what_was_there(
     before = contents(tmp_path)
     refused(run(source, "--out", tmp_path / "out", "--overwrite", "--quiet", *SMALL), "reads back differently")
     assert contents(tmp_path) == before
+
+
+def test_a_tensor_in_another_dtype_is_compared_in_slices(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proof, "SLICE", 1 << 10)
+    assert run(source, "--out", tmp_path / "out", *SMALL, "--dtype", "bfloat16", "--quiet").exit_code == 0

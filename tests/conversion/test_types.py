@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-import wina_convert
 from support.families import make_type
 from support.reference import assert_dense_at_0, assert_each_product_follows_the_rule, convert
 from wina_convert.conversion import twin_proof
@@ -115,8 +114,3 @@ def test_the_twin_takes_nothing_from_the_global_generator(tmp_path: Path) -> Non
     torch.manual_seed(5)
     twin_proof.check_twin(source, silent)
     assert torch.equal(torch.rand(3), expected)
-
-
-def test_experts_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="mixture of experts"):
-        wina_convert.convert(str(make_type("mixtral", tmp_path / "dense", num_local_experts=4)), tmp_path / "gated")

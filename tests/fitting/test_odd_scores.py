@@ -36,7 +36,7 @@ def calibrated(layer: WinaLinear, hidden: Tensor) -> Tensor:
     """The curve that calibration finds where these hidden states [B, S, in] enter a projection."""
     states = {level: list(hidden.split(2)) for level in (0.25, 0.5, 0.75)}
     with torch.no_grad():
-        found = calibrate_layer(lambda batch, number: layer(batch), {"layer": layer}, states, lambda done: None)
+        found, _ = calibrate_layer(lambda batch, number: layer(batch), {"layer": layer}, states, lambda done: None)
         layer.thresholds.copy_(threshold_curve(found["layer"], GRID))
     assert layer.thresholds.isfinite().all()
     assert (layer.thresholds >= 0).all()

@@ -136,18 +136,6 @@ SEEN_EARLY = {
     "recurrent": (config(architectures=["MambaForCausalLM"], model_type="mamba"), ("'mamba'", "recurrent state only")),
     "no type": (config(model_type=None), ("no model_type", "get the file again")),
     "type is a list": (config(model_type=["llama"]), ("no model_type", "get the file again")),
-    "experts of mixtral": (
-        config(model_type="mixtral", architectures=["MixtralForCausalLM"], num_local_experts=8),
-        ("mixture of experts", "not supported"),
-    ),
-    "experts of qwen": (
-        config(model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], num_experts=128),
-        ("mixture of experts",),
-    ),
-    "experts of deepseek": (
-        config(model_type="deepseek_v3", architectures=["DeepseekV3ForCausalLM"], n_routed_experts=64),
-        ("mixture of experts",),
-    ),
     "gptq": (as_quantized("gptq"), ("quantized (gptq)", "original float checkpoint")),
     "bitsandbytes": (as_quantized("bitsandbytes"), ("quantized (bitsandbytes)", "original float checkpoint")),
     "compressed-tensors": (as_quantized("compressed-tensors"), ("quantized (compressed-tensors)", "original")),

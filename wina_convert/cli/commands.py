@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ..errors import OptionError, printable
+from ..format.experts import of_any_expert
 from .common import (
     Group,
     begin,
@@ -26,7 +27,7 @@ from .convert import command
 from .doctor import doctor_command
 from .export import export_command
 from .hub import push_command
-from .text import bench_text, card_text, table
+from .text import bench_text, card_text, span, table
 
 TOY = 20_000_000  # parameters below which a model is for trying things out
 
@@ -64,17 +65,17 @@ def inspect_command(folder: str, revision: str | None, token: str | None, quiet:
     if as_json:
         print_json(dataclasses.asdict(found))
         return
-    kinds = list(dict.fromkeys(kind for layer in found.layers for kind in layer.thresholds))
+    kinds = list(dict.fromkeys(of_any_expert(kind) for layer in found.layers for kind in layer.thresholds))
     rows = [["layer", "MB", "MB/token", "achieved", *(kind.rpartition(".")[2] for kind in kinds)]]
     for layer in found.layers:
         achieved = "-" if layer.achieved is None else f"{layer.achieved:.1%}"
-        thresholds = [f"{layer.thresholds[kind]:.4g}" if kind in layer.thresholds else "-" for kind in kinds]
+        thresholds = [span(kind, layer.thresholds, "{:.4g}") for kind in kinds]
         rows.append(
             [str(layer.layer), f"{layer.nbytes / 1e6:.2f}", f"{layer.bytes_per_token / 1e6:.2f}", achieved, *thresholds]
         )
     gated, read = sum(layer.nbytes for layer in found.layers), sum(layer.bytes_per_token for layer in found.layers)
     if found.allocation != "uniform":
-        rows.append(["asked", "", "", f"{found.sparsity:.1%}", *(f"{found.asked[kind]:.1%}" for kind in kinds)])
+        rows.append(["asked", "", "", f"{found.sparsity:.1%}", *(span(kind, found.asked, "{:.1%}") for kind in kinds)])
     rows.append(["all", f"{gated / 1e6:.2f}", f"{read / 1e6:.2f}", "", *("" for _ in kinds)])
     measured = "" if found.measured_at is None else f", achieved as measured at {found.measured_at:.0%} at conversion"
     click.echo(

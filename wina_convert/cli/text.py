@@ -1,9 +1,10 @@
 """Reports and tables as text for a terminal; the command line prints them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import printable
+from ..format.experts import of_any_expert
 from ..format.names import split_layer
 from ..progress import duration
 
@@ -27,6 +28,7 @@ def report_text(report: dict[str, Any], out: str, seconds: float) -> str:
             f"  basis         {basis_text(report['basis'])}",
             *([f"  tuning        {tuning_text(report['tuning'])}"] if "tuning" in report else []),
             calibration_text(report["calibration"] | {"asked": report["options"]["samples"]}),
+            *experts_text(report.get("experts")),
             *unused_text(report["unused"]),
             *within_text(report["verification"].get("max_ppl_increase")),
             *([f"Uploaded to {report['pushed']}"] if "pushed" in report else []),
@@ -52,13 +54,16 @@ def within_text(within: dict[str, Any] | None) -> list[str]:
 def plan_text(plan: dict[str, Any], out: str) -> str:
     """What a dry run tells."""
     reads, allowed = plan["bytes_per_token"], plan["max_ppl_increase"]
-    kinds: dict[tuple[str, int, int], int] = {}
+    kinds: dict[tuple[str, int, int], list[str]] = {}
     for name, shape in plan["projections"].items():
-        kind = ".".join(part for part in name.split(".")[-2:])
-        key = (kind, shape["in_features"], shape["out_features"])
-        kinds[key] = kinds.get(key, 0) + 1
+        kind = ".".join(of_any_expert(name).split(".")[-2:])
+        kinds.setdefault((kind, shape["in_features"], shape["out_features"]), []).append(name)
     rows = [["gated projection", "inputs", "outputs", "layers"]]
-    rows += [[kind, str(inputs), str(outputs), str(count)] for (kind, inputs, outputs), count in kinds.items()]
+    for (kind, inputs, outputs), names in kinds.items():
+        layers = {of_any_expert(name) for name in names}
+        experts = len(names) // len(layers)
+        shown = f"{kind.removeprefix('*.')} of {experts} experts" if kind.startswith("*.") else kind
+        rows.append([shown, str(inputs), str(outputs), str(len(layers))])
     return "\n".join(
         [
             f"Plan for {plan['source']['name']} ({plan['dtype']} on {plan['device']}), nothing was touched\n",
@@ -82,12 +87,30 @@ def plan_text(plan: dict[str, Any], out: str) -> str:
     )
 
 
+def span(kind: str, values: Mapping[str, float], form: str) -> str:
+    """The value of a kind of projection, or of experts the smallest and largest, in a form such as "{:.1%}"."""
+    found = (
+        [values[kind]] if kind in values else [value for name, value in values.items() if of_any_expert(name) == kind]
+    )
+    return " to ".join(dict.fromkeys(form.format(value) for value in (min(found), max(found)))) if found else "-"
+
+
 def calibration_text(found: dict[str, Any]) -> str:
     """A line on the text; what was asked of it and it does not hold is said."""
     less = f", fewer than the {found['asked']} asked for: it holds no more" if found["samples"] < found["asked"] else ""
     return printable(
         f"  calibration   {found['samples']} sequences of {found['seq_len']} tokens of {found['text']}{less}"
     )
+
+
+def experts_text(found: dict[str, Any] | None) -> list[str]:
+    """A line on experts that were given too few tokens for thresholds of their own, where there are any."""
+    if not found or not found["pooled"]:
+        return []
+    return [
+        f"  experts       {len(found['pooled'])} of {found['gated']} were given fewer than {found['fewest_tokens']} tokens "
+        "and take the thresholds of all experts of their layer; more --samples give them their own"
+    ]
 
 
 def unused_text(names: Sequence[str]) -> list[str]:
@@ -117,7 +140,7 @@ def evaluation_text(found: "Evaluation", texts: Sequence[str]) -> str:
     lines = [*_measured_on([found], texts), "", table(rows)]
     for one in found.measurements:
         lines += ["", f"achieved by projection at {one.sparsity:.1%}", ""]
-        lines.append(table(by_layer({name: f"{fraction:.1%}" for name, fraction in one.projections.items()})))
+        lines.append(table(by_layer(one.projections, "{:.1%}")))
     return "\n".join(lines)
 
 
@@ -264,13 +287,13 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def by_layer(cells: dict[str, str]) -> list[list[str]]:
-    """A row for each decoder layer and a column for each kind of projection, from module names to cells."""
-    layers: dict[str, dict[str, str]] = {}
-    for name, cell in cells.items():
+def by_layer(values: Mapping[str, float], form: str) -> list[list[str]]:
+    """A row for each decoder layer and a column for each kind of projection, from values by module name."""
+    layers: dict[int, dict[str, float]] = {}
+    for name, value in values.items():
         place = split_layer(name)
         if place is not None:
-            layers.setdefault(str(place[1]), {})[place[2]] = cell
-    kinds = list(dict.fromkeys(kind for row in layers.values() for kind in row))
+            layers.setdefault(place[1], {})[place[2]] = value
+    kinds = list(dict.fromkeys(of_any_expert(kind) for row in layers.values() for kind in row))
     header = ["layer", *(kind.rpartition(".")[2] for kind in kinds)]
-    return [header, *([layer, *(row.get(kind, "-") for kind in kinds)] for layer, row in layers.items())]
+    return [header, *([str(layer), *(span(kind, row, form) for kind in kinds)] for layer, row in layers.items())]

@@ -65,7 +65,7 @@ On {sequences} sequences of {length} tokens that no threshold was fitted on ({ca
 | bytes of weights read for a token | {dense_bytes:.2f} MB | {gated_bytes:.2f} MB |
 {pictures}
 Gated are {n} projections of {layers} layers ({targets}). Calibration: {samples} sequences of {length} tokens of {calibration}
-text, seed {seed}.{fewer}
+text, seed {seed}.{fewer}{pooled}
 
 ## Limits
 
@@ -89,6 +89,10 @@ TURNED = (
 LEARNED = (
     "\nThresholds, biases by sparsity and column weights were learned from the dense model's outputs: on text that learning did\n"
     "not see, KL to dense (nats a token) went from {before:.4f} to {after:.4f} at {level:.0%}."
+)
+POOLED = (
+    " {few} of {gated} experts were given\nfewer than {fewest_tokens} tokens of it and take the thresholds of all "
+    "experts of their layer."
 )
 NOT_LEARNED = "\nLearning thresholds was asked for and not kept: {reason}."
 
@@ -177,6 +181,7 @@ def write_card(folder: Path, source: Source, report: dict[str, Any], pictures: M
         targets=", ".join(options["targets"]),
         samples=calibration["samples"],
         fewer=f" {options['samples']} were asked for; the text holds no more." if fewer else "",
+        pooled=_pooled(report.get("experts")),
         seed=calibration["seed"],
         revision=f" --revision {source.revision}" if on_hub else "",
         options=" ".join(f"--{name.replace('_', '-')} {value}".rstrip() for name, value in _scalars(options)),
@@ -217,6 +222,10 @@ def _results(report: dict[str, Any]) -> list[EvalResult]:
             **common,
         ),
     ]
+
+
+def _pooled(experts: dict[str, Any] | None) -> str:
+    return POOLED.format(few=len(experts["pooled"]), **experts) if experts and experts["pooled"] else ""
 
 
 def _tuned(tuning: dict[str, Any] | None) -> str:

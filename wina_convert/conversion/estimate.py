@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from ..fitting.calibrate import PILOT
+from ..fitting.calibrate import FEWEST, PILOT
 from ..fitting.thresholds import levels
+from ..format.experts import shares, split_expert
 from ..format.folder import sidecars
 from ..models.source import Source
 from ..models.text import HELD_OUT
@@ -34,6 +35,22 @@ def shape_report(plan: ConversionPlan, sparsity: float) -> dict[str, Any]:
             for projection in plan.projections
         },
     }
+
+
+def experts_report(plan: ConversionPlan, few: Sequence[str]) -> dict[str, Any]:
+    """Of a mixture, the part of a report on its experts.
+
+    Args:
+        plan: of the conversion.
+        few: the projections of experts that were given too few tokens for thresholds of their own.
+    """
+    places = [split_expert(one.name) for one in plan.projections]
+    gated, pooled = (
+        {f"{place[0]}.{place[1]}" for place in found if place} for found in (places, map(split_expert, few))
+    )
+    if not gated:
+        return {}
+    return {"experts": {"gated": len(gated), "fewest_tokens": FEWEST, "pooled": sorted(pooled)}}
 
 
 def disk_bytes(
@@ -71,8 +88,10 @@ def plan_report(
     passes = (
         calibrated + 3 * HELD_OUT + (basis_sequences(samples, length) if turn else 0) + search_sequences(plan)
     )  # sequences that go through a layer
-    layer_weights = sum(spec.numel for spec in source.tensors.values()) - plan.embedding_bytes // plan.dtype.itemsize
-    scored = calibrated * length * sum(projection.in_features for projection in plan.projections)
+    met = shares(source.config, source.tensors)
+    layer_weights = round(sum(met[key] * spec.numel for key, spec in source.tensors.items()))
+    layer_weights -= plan.embedding_bytes // plan.dtype.itemsize
+    scored = calibrated * length * sum(projection.share * projection.in_features for projection in plan.projections)
     rate = product_rate(plan, length, device)
     seconds = (
         2 * layer_weights * length * passes / rate

@@ -21,6 +21,7 @@ from ..models.tensors import taken
 from ..models.text import read_sequences, sequence_length
 from ..progress import lines
 from ..runtime import install
+from ..runtime.experts import fused_experts
 from ..runtime.quantization import Gating, WinaConfig
 from .files import checkpoint_config
 from .layers import write_layers
@@ -48,6 +49,10 @@ def gate(model: nn.Module, folder: Path | None, asked: WinaConfig) -> WinaConfig
         WinaError: as a conversion does; or the checkpoint to take thresholds from is of another model or in another basis.
     """
     assert asked.gating is not None
+    if fused_experts(model):
+        raise CheckpointError(
+            "a mixture of experts cannot be gated while it is loaded; convert it with wina-convert and load that"
+        )
     if asked.gating.thresholds is not None:
         return _take(model, folder, open_checkpoint(checkpoint_folder(asked.gating.thresholds)), asked)
     if folder is None:

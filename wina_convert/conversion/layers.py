@@ -46,13 +46,14 @@ def write_layers(
     carried: Mapping[str, Tensor],
     progress: Progress,
     plot: bool,
-) -> dict[str, pictures.ScoreCurve]:
+) -> tuple[dict[str, pictures.ScoreCurve], list[str]]:
     """Calibrate and write the model layer by layer, from the snapshot on where there is one.
 
     A snapshot holds `carried` as well, what was found before the layers.
 
     Returns:
-        the distribution of scores of every projection near the default sparsity, where `plot` asks for it.
+        the distribution of scores of every projection near the default sparsity, where `plot` asks for it; and the projections
+        of experts that were given too few tokens for thresholds of their own.
     """
 
     model = stream_of(source, plan, config, device)
@@ -61,6 +62,7 @@ def write_layers(
     inside = {plan.origin[key] for keys in by_layer for key in keys}
     outside = [key for key in source.tensors if key not in inside]
     kept: dict[str, pictures.ScoreCurve] = {}
+    few: set[str] = set()
     sparsity = config.sparsity or 0.0
     shown = min(config.calibration["levels"], key=lambda level: abs(level - sparsity))
     embedded = model.embed(tokens.split(at_a_time))
@@ -76,7 +78,7 @@ def write_layers(
         done = staging.begun.layers
         written = {plan.origin[key] for keys in by_layer[:done] for key in keys} | {*outside}
         shards.skip({plan.sentinel, *(name for name, key in plan.origin.items() if key in written)})
-        states, kept = _restore(staging.begun.tensors, device)
+        states, kept, few = _restore(staging.begun.tensors, device)
     del embedded
     saved, cost = time.monotonic(), 0.0
     with progress(f"Calibrating on {len(tokens)} sequences and writing", plan.n_layers, "layer") as advance:
@@ -92,7 +94,8 @@ def write_layers(
             }
             with model.layer(index, tensors | curves) as run:
                 gates = {name: gate for name, gate in gated_modules(model.model).items() if not gate.weight_t.is_meta}
-                histograms = calibrate_layer(run, gates, states, by_layer_done, plan.budget)
+                histograms, pooled = calibrate_layer(run, gates, states, by_layer_done, plan.budget)
+                few |= pooled
                 for gate in gates.values():
                     gate.forget_threshold()
             for name, found in histograms.items():
@@ -104,22 +107,25 @@ def write_layers(
             now, last = time.monotonic(), index + 1 == plan.n_layers
             if last or now - saved >= 20 * cost:
                 shards.sync()
-                staging.save(index + 1, {**carried, **_carried({} if last else states, kept)})
+                staging.save(index + 1, {**carried, **_carried({} if last else states, kept, few)})
                 saved = time.monotonic()
                 cost = saved - now
-    return {projection.name: kept[projection.name] for projection in plan.projections} if plot else {}
+    curves_of = {projection.name: kept[projection.name] for projection in plan.projections} if plot else {}
+    return curves_of, [projection.name for projection in plan.projections if projection.name in few]
 
 
-def _carried(states: States, kept: Mapping[str, pictures.ScoreCurve]) -> dict[str, Tensor]:
+def _carried(states: States, kept: Mapping[str, pictures.ScoreCurve], few: Iterable[str]) -> dict[str, Tensor]:
     """What goes from layer to layer, as named tensors."""
     tensors = {f"states/{level}/{n}": batch for level, batches in states.items() for n, batch in enumerate(batches)}
     for name, curve in kept.items():
         tensors |= {f"scores/{name}": curve.scores, f"density/{name}": curve.density}
         tensors[f"threshold/{name}"] = torch.tensor(curve.threshold, dtype=torch.float64)
-    return tensors
+    return tensors | {f"few/{name}": torch.empty(0) for name in few}
 
 
-def _restore(tensors: Mapping[str, Tensor], device: torch.device) -> tuple[States, dict[str, pictures.ScoreCurve]]:
+def _restore(
+    tensors: Mapping[str, Tensor], device: torch.device
+) -> tuple[States, dict[str, pictures.ScoreCurve], set[str]]:
     """The inverse of `_carried`."""
     states: dict[float, dict[int, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -135,4 +141,5 @@ def _restore(tensors: Mapping[str, Tensor], device: torch.device) -> tuple[State
         for name, tensor in tensors.items()
         if name.startswith("scores/")
     }
-    return {level: [batches[n] for n in range(len(batches))] for level, batches in states.items()}, kept
+    few = {name.removeprefix("few/") for name in tensors if name.startswith("few/")}
+    return {level: [batches[n] for n in range(len(batches))] for level, batches in states.items()}, kept, few

@@ -93,7 +93,7 @@ def _convert(
 
     from ..models.tensors import taken
     from .card import write_card
-    from .estimate import disk_bytes, plan_report, shape_report
+    from .estimate import disk_bytes, experts_report, plan_report, shape_report
     from .layers import write_layers
     from .loss_limit import sparsity_within, within_report
     from .plan import make_plan
@@ -164,7 +164,7 @@ def _convert(
                 name, shares = plan.budget.allocation, plan.budget.stored()
                 config = replace(config, scheme=plan.scheme.name, allocation=name, shares=shares, biases=True)
         with ShardWriter(folder, plan.tensors, asked.max_shard_size, staging.begun is not None) as shards:
-            curves = write_layers(
+            curves, few = write_layers(
                 written, plan, config, tokens, at_a_time, device, shards, staging, carried, progress, asked.plot
             )
         write_config(folder, written, config, plan)
@@ -181,6 +181,7 @@ def _convert(
             "options": used.deciding(REPORT),
             **shape_report(plan, proof.held_out.sparsity),
             "unused": list(unused),
+            **experts_report(plan, few),
             "basis": basis | ({"logits_differ": differs} if turn else {}),
             **extra,
             "calibration": config.calibration,

@@ -8,9 +8,10 @@ import torch
 
 from ..architectures import Architecture
 from ..errors import OptionError, SourceError
-from ..fitting.budget import ALLOCATIONS, Budget
+from ..fitting.budget import ALLOCATIONS, SEARCHED, Budget
 from ..fitting.schemes import SCHEMES, Scheme
 from ..format.dtypes import compute_dtype
+from ..format.experts import shares
 from ..format.names import WEIGHT, split_layer
 from ..format.shards import TensorSpec, sentinel
 from ..models.discovery import architecture_of
@@ -40,7 +41,8 @@ class ConversionPlan:
         n_layers: how many there are.
         layer_bytes: the largest decoder layer of the source.
         embedding_bytes: everything outside the decoder layers.
-        dense_bytes_per_token: bytes of weights the source reads for a token of text, embedding lookups aside.
+        dense_bytes_per_token: bytes of weights the source reads for a token of text, embedding lookups aside; of experts, those
+            that it is given.
         hidden_size: features of the hidden states between the layers.
         family: what is known of the model's structure.
     """
@@ -70,15 +72,10 @@ class ConversionPlan:
         """Bytes of all tensors of the checkpoint."""
         return sum(spec.nbytes for spec in self.tensors)
 
-    @property
-    def gated_bytes(self) -> int:
-        """Bytes of the gated weights."""
-        return sum(projection.nbytes for projection in self.projections)
-
     def bytes_per_token(self, sparsity: float) -> int:
         """Bytes of weights and cutoffs that a token reads at this sparsity."""
         gated = sum(one.bytes_per_token(self.budget.asked(one.name, sparsity)) for one in self.projections)
-        return self.dense_bytes_per_token - self.gated_bytes + gated
+        return round(self.dense_bytes_per_token - sum(one.share * one.nbytes for one in self.projections) + gated)
 
 
 def make_plan(
@@ -113,17 +110,22 @@ def make_plan(
     if not projections:
         raise SourceError(f"{source.name} has no decoder layer; check its config.json")
     chosen = _choose(projections, family, targets, ignore)
+    if allocation in SEARCHED and any(one.share < 1 for one in chosen):
+        raise OptionError(
+            f"allocation {allocation!r} tries every matrix of {source.name} by itself, and it has {len(chosen)}; "
+            "pass --allocation types or uniform, or leave the experts dense: --ignore '*.experts.*'"
+        )
     steps = steps_of(chosen, SCHEMES[scheme], cast)
     tensors, origin = lay_out(source, steps, chosen)
     path = family.layers
     stored_bytes = {spec.name: spec.numel * (cast or spec.dtype).itemsize for spec in source.tensors.values()}
-    layers: dict[int, int] = {}
+    met, layers = shares(source.config, keys), dict[int, int]()
     for name, key in keys.items():
         place = split_layer(name)
         if place and place[0] == path:
             layers[place[1]] = layers.get(place[1], 0) + stored_bytes[key]
     outside = sum(stored_bytes[key] for name, key in keys.items() if not name.startswith(f"{path}."))
-    unread = sum(stored_bytes[keys[name]] for name in not_read(model, keys))
+    unread = not_read(model, keys)
     return ConversionPlan(
         projections=chosen,
         scheme=SCHEMES[scheme],
@@ -136,7 +138,9 @@ def make_plan(
         n_layers=len(layers),
         layer_bytes=max(layers.values()),
         embedding_bytes=outside,
-        dense_bytes_per_token=sum(layers.values()) + outside - unread,
+        dense_bytes_per_token=round(
+            sum(met[name] * stored_bytes[key] for name, key in keys.items() if name not in unread)
+        ),
         hidden_size=model.config.get_text_config().hidden_size,
         family=family,
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import pictures
 from ..fitting.budget import Budget
 from ..fitting.histogram import ScoreHistogram
+from ..format.experts import of_any_expert
 from ..format.names import SCORES_PNG, SPARSITY_PNG, split_layer
 
 PICTURES = {
@@ -54,20 +55,21 @@ def draw_conversion(folder: Path, report: Mapping[str, Any], curves: Mapping[str
 
 
 def draw_sparsity(path: Path, report: Mapping[str, Any], budget: Budget) -> None:
-    """One line per kind of projection: the sparsity achieved on held-out calibration text, by layer.
+    """One line per kind of projection: the sparsity achieved on held-out calibration text, by layer; of experts, their mean.
 
     Where kinds are asked for unlike sparsities, a dashed line in the colour of each says for which (in the mean
     over the layers, where these differ too).
     """
     asked = report["verification"]["held_out"]["sparsity"]
     figure, ((axes,),) = pictures.figure(9, 5)
-    kinds: dict[str, list[tuple[int, float]]] = {}
+    kinds: dict[str, dict[int, list[float]]] = {}
     shares: dict[str, list[float]] = {}
     for name, achieved in report["verification"]["held_out"]["projections"].items():
         layer, kind = _layer_and_kind(name)
-        kinds.setdefault(kind, []).append((layer, achieved))
+        kinds.setdefault(kind, {}).setdefault(layer, []).append(achieved)
         shares.setdefault(kind, []).append(budget.asked(name, asked))
-    for kind, points in kinds.items():
+    for kind, by_layer in kinds.items():
+        points = [(layer, sum(found) / len(found)) for layer, found in by_layer.items()]
         (line,) = axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.2, label=kind)
         if budget.shares:
             axes.axhline(
@@ -89,7 +91,10 @@ def draw_sparsity(path: Path, report: Mapping[str, Any], budget: Budget) -> None
 
 
 def draw_scores(path: Path, sparsity: float, curves: Mapping[str, ScoreCurve]) -> None:
-    """The distribution of scores of every kind of projection, a line a layer, with the thresholds as ticks on it."""
+    """The distribution of scores of every kind of projection, a line a layer, with the thresholds as ticks on it.
+
+    Of the experts of a layer, the first stands for all.
+    """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -97,7 +102,8 @@ def draw_scores(path: Path, sparsity: float, curves: Mapping[str, ScoreCurve]) -
     kinds: dict[str, list[tuple[int, ScoreCurve]]] = {}
     for name, curve in curves.items():
         layer, kind = _layer_and_kind(name)
-        kinds.setdefault(kind, []).append((layer, curve))
+        if layer not in (known for known, _ in kinds.get(kind, ())):
+            kinds.setdefault(kind, []).append((layer, curve))
     columns = min(4, len(kinds))
     rows = -(-len(kinds) // columns)
     figure, grid = pictures.figure(max(4 * columns, 7), 3 * rows, rows, columns)
@@ -128,4 +134,4 @@ def draw_scores(path: Path, sparsity: float, curves: Mapping[str, ScoreCurve]) -
 def _layer_and_kind(name: str) -> tuple[int, str]:
     place = split_layer(name)
     assert place is not None  # gated projections are in layers
-    return place[1], place[2]
+    return place[1], of_any_expert(place[2])

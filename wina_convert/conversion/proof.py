@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import VerificationError
 from ..format.checkpoint import Checkpoint, open_checkpoint
-from ..format.shards import read_rows
+from ..format.shards import SLICE, read_rows
 from ..models.measure import Measurement, measure
 from ..models.source import Source
 from ..models.stream import checkpoint_stream, dense_stream
@@ -34,7 +34,7 @@ class Proof:
     Attributes:
         tensors: tensors compared with the source, bit for bit.
         thresholds: of every gated projection at the default sparsity.
-        parity: largest logit difference to the dense model at sparsity 0, relative to the largest logit.
+        parity: largest logit difference to the dense model at sparsity 0, relative to the largest logit (see `Measurement`).
         held_out: the gated model at its default sparsity on calibration text that no threshold was fitted on.
     """
 
@@ -123,9 +123,9 @@ def _check_tensor(source: Source, plan: ConversionPlan, checkpoint: Checkpoint, 
     if key not in written:
         raise VerificationError(f"tensor {key!r} of the source is missing from the checkpoint; please report this")
     # Copied but for its dtype: an embedding larger than a decoder layer goes by in slices.
-    rows = zip(
-        read_rows(source.path, source.tensors[key]), read_rows(checkpoint.folder.path, written[key]), strict=True
-    )
+    stored, ours = source.tensors[key], written[key]
+    in_ours = SLICE * ours.dtype.itemsize // stored.dtype.itemsize  # as many rows, in whatever dtype
+    rows = zip(read_rows(source.path, stored, SLICE), read_rows(checkpoint.folder.path, ours, in_ours), strict=True)
     for original, read in rows:
         if not _same(original.to(read.dtype), read):
             raise VerificationError(f"tensor {key!r} reads back differently; the disk or memory may be faulty")

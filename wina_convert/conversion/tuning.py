@@ -98,13 +98,18 @@ def plan_tuning(source: Source, plan: ConversionPlan, length: int, device: torch
     inputs = sum(one.in_features for one in plan.projections)
     checkpointed = whole > ROOM * free
     nbytes = sparing if checkpointed else whole
+    reason = (
+        ""
+        if nbytes <= ROOM * free
+        else f"learning takes {nbytes / 1e9:.1f} GB, which the {device.type} does not have free"
+    )
+    if any(one.share < 1 for one in plan.projections):
+        reason = "thresholds of experts are not learned yet"
     looks = learning.STEPS // learning.LOOK * (3 * FITTED + JUDGED)
     return TuningPlan(
         nbytes=nbytes,
         checkpointed=checkpointed,
-        reason=""
-        if nbytes <= ROOM * free
-        else f"learning takes {nbytes / 1e9:.1f} GB, which the {device.type} does not have free",
+        reason=reason,
         stored_bytes=4 * len(GRID) * outputs,
         snapshot_bytes=4 * (4 + 1) * (len(LEVELS) * outputs + inputs),
         operations=2.0 * weights * len(LEVELS) * (learning.STEPS * rows * (4 if checkpointed else 3) + looks),

@@ -38,7 +38,27 @@ FOREIGN = {
     "U64": torch.uint64,
     "C64": torch.complex64,
 }
+SLICE = 1 << 26  # bytes of a tensor that goes by in slices
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Which part of a stored tensor another tensor is: one entry of its first dimension, transposed or not, and rows of that.
+
+    Attributes:
+        index: of the entry.
+        transposed: whether its two dimensions change places.
+        rows: start, stop and step of the rows that are taken then.
+    """
+
+    index: int
+    transposed: bool
+    rows: tuple[int, int, int]
+
+    def of(self, entry: Tensor) -> Tensor:
+        """The piece of that entry, in memory of its own."""
+        return (entry.t() if self.transposed else entry)[slice(*self.rows)].contiguous()
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,7 @@ class TensorSpec:
         shape: its shape.
         file: the shard that holds it, relative to its folder; empty where it is not yet written.
         stored: its name in that file, where that is another.
+        piece: which part of the stored tensor it is, where it is not all of it.
     """
 
     name: str
@@ -58,6 +79,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     file: str = ""
     stored: str = ""
+    piece: Piece | None = None
 
     @property
     def numel(self) -> int:
@@ -176,12 +198,16 @@ def read_tensors(folder: Path, specs: Iterable[TensorSpec]) -> Iterator[tuple[st
         try:
             with safe_open(folder / file, framework="pt") as shard:
                 for spec in members:
-                    yield spec.name, shard.get_tensor(spec.stored or spec.name)
+                    name = spec.stored or spec.name
+                    if spec.piece is None:
+                        yield spec.name, shard.get_tensor(name)
+                    else:
+                        yield spec.name, spec.piece.of(shard.get_slice(name)[spec.piece.index])
         except (SafetensorError, OSError) as error:
             raise SourceError(f"{folder / file} cannot be read ({error})") from error
 
 
-def read_rows(folder: Path, spec: TensorSpec, nbytes: int = 1 << 26) -> Iterator[Tensor]:
+def read_rows(folder: Path, spec: TensorSpec, nbytes: int = SLICE) -> Iterator[Tensor]:
     """Yield a stored tensor in slices along its first dimension of about `nbytes`, never mapping more than one.
 
     Raises:
@@ -189,6 +215,10 @@ def read_rows(folder: Path, spec: TensorSpec, nbytes: int = 1 << 26) -> Iterator
     """
     rows = spec.shape[0] if spec.shape else 0
     step = max(1, nbytes * rows // max(spec.nbytes, 1)) if rows else 1
+    if spec.piece is not None:  # a matrix of an expert
+        for _, tensor in read_tensors(folder, [spec]):
+            yield from tensor.split(step)
+        return
     try:
         for start in range(0, max(rows, 1), step):
             with safe_open(

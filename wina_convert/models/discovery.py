@@ -12,8 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architectures import DENSE, HINDRANCES, Architecture
 from ..errors import SourceError, one_line
+from ..format.experts import COUNTS, experts_given, of_any_expert, split_expert
 from ..format.folder import Folder
 from ..format.names import WEIGHT
+from ..runtime.experts import open_experts, opened_experts
 from .structure import decoder_layers
 from .twin import make_twin
 
@@ -21,7 +23,7 @@ TOKENS = 12  # of each of two sequences that the twin is run on
 NARROW = 16  # outputs: of fewer, the float32 cutoffs are more than an eighth of a weight in half precision
 
 _ATTENTION = re.compile(r"att", re.IGNORECASE)
-_FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|\bfc|\bw\d|^intermediate|^output", re.IGNORECASE)
+_FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|moe|expert|\bfc|\bw\d|^intermediate|^output", re.IGNORECASE)
 
 _seen: dict[tuple[type, str], "Observed"] = {}
 
@@ -31,7 +33,8 @@ class Observed:
     """What a run of a twin showed.
 
     Attributes:
-        called: the modules that were called and did what a linear map does, by their names within a decoder layer.
+        called: the modules that were called and did what a linear map does, by their names within a decoder layer; of experts,
+            which tokens choose, by the name of any.
         outputs: the length of the tuple that a decoder layer returns; 0: it returns the hidden states alone.
     """
 
@@ -64,10 +67,7 @@ def discover(model: PreTrainedModel) -> Architecture:
                 f"a model of type {config.model_type!r} with {field} in its config is not supported: {hindrance}"
             )
     path = decoder_layers(model)
-    if any(".experts." in name for name, _ in model.get_submodule(path).named_parameters()):
-        raise SourceError(
-            f"a model of type {model.config.model_type!r} is a mixture of experts, which is not supported"
-        )
+    _check_experts(model, path)
     observed = observe(model)
     names: dict[str, str | None] = {}
     for layer in model.get_submodule(path).children():
@@ -91,12 +91,29 @@ def discover(model: PreTrainedModel) -> Architecture:
     )
 
 
+def _check_experts(model: PreTrainedModel, path: str) -> None:
+    """Refuse experts that could not be opened, and those of which it is not known how many a token is given."""
+    opened = opened_experts(model)
+    counts = {getattr(model.config.get_text_config(), field, None) for field in COUNTS}
+    for name, parameter in model.get_submodule(path).named_parameters():
+        stacked = parameter.dim() > 2 and len(parameter) in counts
+        if stacked or (".experts." in name and split_expert(name) is None):
+            raise SourceError(
+                f"a model of type {model.config.model_type!r} keeps its experts in a form that is not known ({name!r}); "
+                "the type is not supported"
+            )
+    if opened and experts_given(model.config.to_dict()) is None:
+        raise SourceError(
+            f"config.json of a model of type {model.config.model_type!r} does not say how many experts a token is given"
+        )
+
+
 def _stays_dense(name: str, module: nn.Module, observed: Observed) -> str | None:
     """Why a linear map stays dense; None: it does not."""
     for pattern, reason in DENSE.items():
         if re.search(pattern, name):
             return reason
-    if name not in observed.called:
+    if of_any_expert(name) not in observed.called:
         return "its layer does not use it as a plain linear map of text"
     rows, columns = module.get_parameter(WEIGHT).shape
     outputs = columns if isinstance(module, Conv1D) else rows
@@ -124,6 +141,7 @@ def observe(model: PreTrainedModel) -> Observed:
 
 
 def _run(twin: PreTrainedModel) -> Observed:
+    open_experts(twin)
     path = decoder_layers(twin)
     called: set[str] = set()
     outputs: set[int] = set()
@@ -133,7 +151,7 @@ def _run(twin: PreTrainedModel) -> Observed:
         )
         for name, module in layer.named_modules():
             if isinstance(module, (nn.Linear, Conv1D)):
-                module.register_forward_hook(functools.partial(_see, called, name))
+                module.register_forward_hook(functools.partial(_see, called, of_any_expert(name)))
     tokens = torch.arange(2 * TOKENS).view(2, TOKENS) * 7 % (twin.config.get_text_config().vocab_size - 8) + 4
     try:
         with torch.no_grad():

@@ -246,8 +246,6 @@ def _no_causal_lm(name: str, classes: list[str]) -> SourceError:
 
 def _check_type(name: str, model_type: str, classes: list[str], config: dict[str, Any]) -> None:
     """Refuse a type that no table lists where its config shows already that its structure need not be looked at."""
-    if any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
-        raise SourceError(f"{name} is a mixture of experts ({model_type}), which is not supported; give a dense model")
     if model_type in REFUSED:
         raise SourceError(f"{name} is of type {model_type!r}, which is not supported: {REFUSED[model_type]}")
     known = _generating(model_type)

@@ -23,9 +23,11 @@ from ..format.names import WEIGHT
 from ..format.shards import TensorSpec
 from ..format.trust import MAX_LAYERS
 from ..runtime.classes import auto_class
+from ..runtime.experts import open_experts
 from ..runtime.install import install
 from ..runtime.keys import check_parameters, checkpoint_keys, tied
 from .discovery import architecture_of
+from .experts import opened
 from .source import Source
 from .structure import for_text
 
@@ -44,7 +46,7 @@ def model_config(folder: Folder) -> PreTrainedConfig:
 
 
 def build_skeleton(folder: Folder, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a folder's config on the meta device, to compute in `dtype`.
+    """The model of a folder's config on the meta device, to compute in `dtype`; its experts are opened.
 
     Raises:
         SourceError: transformers cannot build a model from the config.
@@ -59,6 +61,7 @@ def build_skeleton(folder: Folder, dtype: torch.dtype) -> PreTrainedModel:
     except Exception as error:  # whatever transformers makes of a strange config
         raise SourceError(f"transformers cannot build {folder.name} from its config.json: {one_line(error)}") from error
     model.train(False)
+    open_experts(model)
     return model
 
 
@@ -90,7 +93,10 @@ class StreamedModel:
         self.keys = dict(keys)
         self.aliases = tied(model, keys)
         check_parameters(model, keys, specs)
-        self._body = model.base_model if model.base_model is not model else model.get_decoder().base_model
+        around = ((name, part) for name, part in model.named_modules() if isinstance(part, PreTrainedModel))
+        self._body = [part for name, part in around if not name or self.prefix.startswith(f"{name}.")][
+            -1
+        ]  # without a head
         self._outer = [name for name in for_text(model, self.keys) if not name.startswith(f"{self.prefix}.")]
         # What each layer gets besides the hidden states, by batch.
         self._arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
@@ -263,6 +269,7 @@ def gated_stream(
 def dense_stream(source: Folder, dtype: torch.dtype, device: torch.device) -> StreamedModel:
     """The source as it is, computed in `dtype`."""
     model = build_skeleton(source, dtype)
+    source = opened(source, model)
     return StreamedModel(
         model,
         architecture_of(source, model),

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architectures import Architecture
 from ..errors import SourceError
+from ..format.experts import shares
 from ..format.folder import Folder
 from ..format.names import WEIGHT
 from ..runtime.rule import bytes_read
@@ -31,6 +32,7 @@ class Projection:
         transposed_in_source: whether the source stores [in, out] already (GPT-2).
         bias: whether it has a bias.
         dtype: of the stored weight.
+        share: which part of the tokens meets it; less than 1 for an expert's.
     """
 
     name: str
@@ -41,20 +43,21 @@ class Projection:
     transposed_in_source: bool
     bias: bool
     dtype: torch.dtype
+    share: float = 1.0
 
     @property
     def weights(self) -> int:
-        """Number of weights; every budget and every mean over projections is weighted by it."""
-        return self.in_features * self.out_features
+        """Number of weights that a token meets on average; every budget and every mean over projections is weighted by it."""
+        return round(self.share * self.in_features * self.out_features)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weight."""
-        return self.weights * self.dtype.itemsize
+        return self.in_features * self.out_features * self.dtype.itemsize
 
-    def bytes_per_token(self, sparsity: float) -> int:
-        """Bytes of weight and cutoffs that a token reads when this fraction of the inputs is skipped."""
-        return bytes_read(self.nbytes, self.in_features, sparsity)
+    def bytes_per_token(self, sparsity: float) -> float:
+        """Bytes of weight and cutoffs that a token reads on average when this fraction of the inputs is skipped."""
+        return self.share * bytes_read(self.nbytes, self.in_features, sparsity)
 
 
 def text_part(model: PreTrainedModel) -> str:
@@ -115,6 +118,7 @@ def find_projections(
         SourceError: one is no plain linear map, or its tensor has another shape than config.json asks for.
     """
     found = []
+    met = shares(folder.config, keys)
     for index, layer in enumerate(model.get_submodule(family.layers).children()):
         modules = dict(layer.named_modules())
         for short in (*family.attention, *family.mlp):
@@ -146,6 +150,7 @@ def find_projections(
                     transposed_in_source=transposed,
                     bias=module.bias is not None,
                     dtype=dtype or spec.dtype,
+                    share=met[f"{name}.{WEIGHT}"],
                 )
             )
     return found

@@ -12,6 +12,7 @@ from ..format.names import split_layer
 from ..format.shards import TensorSpec
 from ..runtime.keys import check_parameters, checkpoint_keys, parameter_names
 from .discovery import architecture_of
+from .experts import opened
 from .source import Source
 from .stream import build_skeleton
 
@@ -21,7 +22,7 @@ ADAPTER = re.compile(r"(^|[._])(lora|dora|loha|lokr|ia3|vera|boft|oft|adapter)s?
 def taken(source: Source, allow_unused: bool = False) -> tuple[Source, tuple[str, ...]]:
     """Keep the tensors that the model takes, and name the others: masks and frequencies of old checkpoints, say.
 
-    A tied matrix that is stored under the head's name alone gets the embedding's.
+    Experts are opened (see `models.experts`). A tied matrix that is stored under the head's name alone gets the embedding's.
 
     Args:
         source: the checkpoint.
@@ -32,6 +33,7 @@ def taken(source: Source, allow_unused: bool = False) -> tuple[Source, tuple[str
             does not know.
     """
     model = build_skeleton(source, torch.float32)
+    source = opened(source, model)
     keys = checkpoint_keys(model, source.tensors)
     layers = architecture_of(source, model).layers
     unused = tuple(key for key in source.tensors if key not in set(keys.values()))

@@ -8,11 +8,13 @@ import re
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import SourceError, one_line
+from ..format.experts import COUNTS, experts_given
+from ..runtime.experts import stored_transposed
 from .structure import decoder_layers
 
 HEAD_DIM = 16  # the least features of a head: a quarter of them may be rotary, in pairs
@@ -71,6 +73,7 @@ def make_twin(model: PreTrainedModel, seed: int = 0, vocabulary: int = VOCABULAR
             f"({one_line(error)}); the type is not supported"
         ) from error
     twin.train(False)
+    twin.config._experts_implementation = "eager"  # the others need widths that are multiples of 16 bytes
     random_weights(twin, seed)
     return twin
 
@@ -93,7 +96,7 @@ def shrink(config: PreTrainedConfig, layers: int, kept: int, vocabulary: int = V
     }
     left_out = (*_LEFT_OUT, *parts)
     fields = {name: value for name, value in config.to_dict().items() if name not in left_out}
-    factor = _factor(config, fields) if text is config else 1
+    factor, experts = (_factor(config, fields) if text is config else 1), _experts(fields)
     counts = {*LAYERS, config.attribute_map.get("num_hidden_layers", "")}
 
     def shrunk(name: str, value: Any) -> Any:
@@ -113,6 +116,8 @@ def shrink(config: PreTrainedConfig, layers: int, kept: int, vocabulary: int = V
             return value // factor
         if _WINDOW.fullmatch(name):
             return min(value, WINDOW)
+        if name in COUNTS:
+            return min(value, experts)
         if "vocab" in name:
             return min(value, vocabulary)
         return min(value, vocabulary - 1) if _TOKEN.fullmatch(name) else value
@@ -125,6 +130,13 @@ def _shallow(config: PreTrainedConfig) -> PreTrainedConfig:
     fields = {name: value for name, value in config.to_dict().items() if name not in _LEFT_OUT}
     one: dict[str, Any] = {name: 1 for name, value in fields.items() if _DEPTH.fullmatch(name) and type(value) is int}
     return type(config)(**fields | one)
+
+
+def _experts(fields: dict[str, Any]) -> int:
+    """The fewest experts of which the twin may choose: twice as many as a token is given, and in every group enough to choose."""
+    given, groups = experts_given(fields) or 1, fields.get("n_group") or fields.get("num_expert_group") or 1
+    chosen = fields.get("topk_group") or groups
+    return -(-max(2 * given, groups * max(2, -(-given // chosen))) // groups) * groups
 
 
 def _factor(config: PreTrainedConfig, fields: dict[str, Any]) -> int:
@@ -162,10 +174,19 @@ def random_weights(model: nn.Module, seed: int) -> None:
             noise = torch.empty_like(parameter).normal_(generator=generator)
             if isinstance(owners[owner], nn.Embedding):
                 parameter.copy_(0.05 * noise)  # small: else a tied head answers with the token it was given
-            elif isinstance(owners[owner], (nn.Linear, Conv1D)) and name == "weight":
-                axis = 0 if isinstance(owners[owner], Conv1D) else 1
+            elif (axis := _inputs(owners[owner], name, parameter)) is not None:
                 inputs = parameter.shape[axis]
                 scale = torch.empty(inputs).uniform_(0.5, 2.0, generator=generator) / inputs**0.5
-                parameter.copy_(noise * scale.unsqueeze(1 - axis))  # columns of unlike norms: the rule depends on them
+                alone = [inputs if dimension == axis else 1 for dimension in range(parameter.dim())]
+                parameter.copy_(noise * scale.view(alone))  # columns of unlike norms: the rule depends on them
             else:  # biases, and the weights of norms, which are 1 or (Gemma) 0
                 parameter.add_(0.2 * noise)
+
+
+def _inputs(owner: nn.Module, name: str, parameter: Tensor) -> int | None:
+    """The dimension of a parameter along which the inputs of a linear map are; None: it is of no linear map."""
+    if isinstance(owner, (nn.Linear, Conv1D)) and name == "weight":
+        return 0 if isinstance(owner, Conv1D) else 1
+    if parameter.dim() == 3 and name.endswith("_proj"):  # of all experts of a layer
+        return 1 if stored_transposed(owner) else 2
+    return None

@@ -9,19 +9,29 @@ import os
 from torch import nn
 
 from ..architectures import ARCHITECTURES
-from .linear import gated_modules
+from .experts import GATE, UP, opened_experts
+from .linear import WinaLinear, gated_modules
 
 SWITCH = "WINA_GROUPING"  # environment variable; "0" leaves every projection alone
 
 
 def group(model: nn.Module) -> None:
-    """Make siblings of the gated projections that read the same input, as the model's family says.
+    """Make siblings of the gated projections that read the same input, as the model's family says; of an expert, gate and up.
 
     Args:
         model: a causal LM, or its base model, with gated projections.
     """
     family = ARCHITECTURES.get(getattr(getattr(model, "config", None), "model_type", ""))
-    if family is None or os.environ.get(SWITCH) == "0":
+    if os.environ.get(SWITCH) == "0":
+        return
+    for experts in opened_experts(model).values():
+        for expert in experts.children():
+            members = [
+                part for name, part in expert.named_children() if name in (GATE, UP) and isinstance(part, WinaLinear)
+            ]
+            if members:
+                members[0].siblings = tuple(members[1:])
+    if family is None:
         return
     modules = gated_modules(model)
     for names in family.shared:

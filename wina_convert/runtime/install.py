@@ -8,24 +8,27 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, as_checkpoint_error
 from ..format.config import WinaConfig
 from ..format.curve import ascends, starts_at_zero
 from ..format.grid import check_sparsity
 from ..format.names import WEIGHT, WEIGHT_T, split_layer
+from .experts import open_experts, tell_prefill
 from .linear import DenseLinear, WinaLinear, gated_modules
 
 
 def install(model: nn.Module, config: WinaConfig) -> None:
     """Replace the modules that `config.modules` names by empty WinaLinears, on the modules' own device.
 
-    The linear modules that stay dense become DenseLinears. The names match by dotted suffix: `model.layers.0...` of a
-    causal LM is `layers.0...` in its base model. Where none does, by what follows the index of the layer: the text part of a
-    larger model may be loaded alone.
+    Experts are opened. The linear modules that stay dense become DenseLinears. The names match by dotted suffix:
+    `model.layers.0...` of a causal LM is `layers.0...` in its base model. Where none does, by what follows the index of the
+    layer: the text part of a larger model may be loaded alone.
 
     Raises:
         CheckpointError: a name matches nothing or something that is not a linear projection.
     """
+    with as_checkpoint_error():
+        open_experts(model)
     for name in _matched(model, config).values():
         plain: Any = model.get_submodule(name)
         model.set_submodule(name, _gate_like(plain, config, plain.weight.device))
@@ -71,14 +74,18 @@ def keep_hook(old: nn.Module, new: nn.Module) -> None:
 def _matched(model: nn.Module, config: WinaConfig) -> dict[str, str]:
     """The linear module of the model that each name of `config.modules` means."""
     linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    by_end: dict[str, list[str]] = {}  # a mixture has ten thousands of them
     by_place: dict[tuple[int, str] | None, list[str]] = {}
     for name in linears:
+        by_end.setdefault(_end(name), []).append(name)
         if place := _place(name):
             by_place.setdefault(place, []).append(name)
     found = {}
     for gated in config.modules:
         matches = [
-            name for name in linears if name == gated or gated.endswith(f".{name}") or name.endswith(f".{gated}")
+            name
+            for name in (by_end.get(_end(gated), ()) if "." in gated else linears)
+            if f".{name}".endswith(f".{gated}") or f".{gated}".endswith(f".{name}")
         ] or by_place.get(_place(gated), [])
         if len(matches) != 1:
             raise CheckpointError(
@@ -123,6 +130,11 @@ def _place(name: str) -> tuple[int, str] | None:
     return place[1:] if place else None
 
 
+def _end(name: str) -> str:
+    """The last two parts of a dotted name."""
+    return ".".join(name.split(".")[-2:])
+
+
 def configure(model: nn.Module, config: WinaConfig) -> None:
     """Freeze every gated projection, and set its sparsity and prefill from the config; the weights are loaded.
 
@@ -143,6 +155,8 @@ def configure(model: nn.Module, config: WinaConfig) -> None:
             parameter.requires_grad_(False)
         module.dense_prefill = config.prefill == "dense"
         module.set_sparsity(config.sparsity or 0.0)
+    if config.prefill == "dense":
+        tell_prefill(model)
 
 
 def set_sparsity(model: nn.Module, sparsity: float) -> None:

@@ -11,12 +11,16 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from ..errors import SourceError
 from ..format.shards import TensorSpec
+from .experts import opened_experts
 
 
 def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """What each checkpoint key is called in the model, by transformers' own renaming rules; the model need not have it."""
+    """What each checkpoint key is called in the model, by transformers' own renaming rules; the model need not have it.
+
+    With opened experts, keys are the names of parameters, but for the base model's prefix.
+    """
     state = model.state_dict()
-    mapping = get_model_conversion_mapping(model)
+    mapping = [] if opened_experts(model) else get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     return {key: rename_source_key(key, renamings, converters, model.base_model_prefix, state)[0] for key in keys}

@@ -46,6 +46,7 @@ class WinaLinear(nn.Module):
             the weights are offloaded: then each call computes it.
         shifted: [out], the model's dtype: `bias` with `biases` at `sparsity`; None as `tau`, and where there are no `biases`.
         dense_prefill: compute calls with several tokens a sequence without skipping.
+        several: whether the next call is one; None: the shape of x tells.
         siblings: projections that are called after this one with the same x; this one computes their products too, where
             that is faster, and leaves the results in `HANDOVER`. `grouping.group` sets them.
         plain: the class that it replaces, `nn.Linear` or `Conv1D`.
@@ -72,6 +73,7 @@ class WinaLinear(nn.Module):
         self.grid = tuple(grid)
         self.sparsity = 0.0
         self.dense_prefill = False
+        self.several: bool | None = None
         self.siblings: tuple[WinaLinear, ...] = ()
 
         def frozen(*shape: int, dtype: torch.dtype | None) -> nn.Parameter:
@@ -178,7 +180,8 @@ class WinaLinear(nn.Module):
 
     def _dense(self, x: Tensor) -> bool:
         """Whether this call uses every input."""
-        return self.dense_prefill and x.dim() > 1 and x.shape[-2] > 1
+        several = x.dim() > 1 and x.shape[-2] > 1 if self.several is None else self.several
+        return self.dense_prefill and several
 
     def _together(self, x: Tensor, weight_t: Tensor) -> bool:
         """Whether the siblings' products can be computed now: with this x, weights that are here, and without gradient."""

@@ -17,6 +17,7 @@ from ..errors import CheckpointError, WinaError, as_checkpoint_error, one_line
 from ..format.checkpoint import open_checkpoint
 from ..format.names import INSTALL, WEIGHT
 from ..format.shards import sentinel
+from .experts import opened_experts
 from .grouping import group
 from .install import configure, install
 from .linear import gated_modules
@@ -40,6 +41,7 @@ class WinaQuantizer(HfQuantizer):
 
     quantization_config: WinaConfig
     read_from: Path | None = None  # the folder of a plain model
+    mixture = False  # whether the model has experts, of which the router chooses: no graph knows beforehand which run
     chosen_attention = False  # whether the caller named one, which is never replaced
     folder: Path | None = None  # that the weights came from
 
@@ -75,6 +77,7 @@ class WinaQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self._gate(model)
         configure(model, self.quantization_config)
+        self.mixture = bool(opened_experts(model))
         group(model)
         attention.use(model, not self.chosen_attention)
         for module in model.modules():
@@ -104,6 +107,10 @@ class WinaQuantizer(HfQuantizer):
         restore(model, dtype)
         return model
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        # With opened experts the stored names are those of the parameters: nothing is joined, renamed, or parted when saved.
+        return [] if opened_experts(model) else weight_conversions
+
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         name = next(iter(gated_modules(model)))
         return model.state_dict() | {f"{name}.{WEIGHT}": sentinel()}, {}
@@ -117,7 +124,7 @@ class WinaQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        return True
+        return not self.mixture
 
 
 def accept(config: Any) -> Any:

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from . import attention
+from .experts import opened_experts
 from .install import keep_hook
 from .linear import DenseLinear, WinaLinear, gated_modules
 
@@ -33,6 +34,8 @@ def restore(model: Any, dtype: torch.dtype | None = None) -> None:
     for name in list(gates):
         gate = gates.pop(name)  # the last reference, so that one weight at a time is there twice
         model.set_submodule(name, _plain(gate))
+    for name, experts in opened_experts(model).items():
+        model.set_submodule(name, experts.closed().requires_grad_())
     for module in model.modules():
         if type(module) is DenseLinear:
             module.__class__ = nn.Linear  # type: ignore[assignment]

@@ -15,6 +15,7 @@ from ..defaults import torch_defaults
 from ..errors import OptionError
 from ..format.checkpoint import open_checkpoint
 from ..format.dtypes import dtype_name
+from ..format.experts import shares
 from ..format.grid import check_sparsity
 from ..progress import Progress, silent
 from ..runtime.install import set_sparsity
@@ -199,21 +200,24 @@ def _load_per_token(model: Any, sparsity: float | None, prompt: Tensor, tokens: 
     # An embedding is looked up, a row a token, unless it is the head as well.
     head = getattr(model.get_output_embeddings(), "weight", None)
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head}
-    others = sum(p.nbytes for p in model.parameters() if id(p) not in own | tables)
-    weights = sum(module.weight_t.nbytes for module in gates.values())
+    met = shares(model.config.to_dict(), [name for name, _ in model.named_parameters()] + list(gates))
+    others = sum(met[name] * p.nbytes for name, p in model.named_parameters() if id(p) not in own | tables)
     if sparsity is None:
-        return others + weights, None
-    dropped_inputs = dict.fromkeys(gates, 0)
+        return round(others + sum(met[name] * module.weight_t.nbytes for name, module in gates.items())), None
+    dropped_inputs, inputs = dict.fromkeys(gates, 0), dict.fromkeys(gates, 0)
 
     def count(name: str, module: WinaLinear, x: Tensor) -> None:
         assert module.tau is not None
         dropped_inputs[name] += int(dropped(x, module.tau).sum())
+        inputs[name] += x.numel()
 
     _, cache = _step(model, sparsity, prompt, None)
     with observing(gates, count):
         for k in range(tokens):
             _, cache = _step(model, sparsity, prompt[:, k % prompt.shape[1]][None], cache)
-    skipped = {name: dropped_inputs[name] / (tokens * module.in_features) for name, module in gates.items()}
-    gated = sum(bytes_read(m.weight_t.nbytes, m.in_features, skipped[name]) for name, m in gates.items())
-    achieved = sum(skipped[name] * module.weight_t.nbytes for name, module in gates.items()) / weights
-    return others + gated, achieved
+    seen = {name: module for name, module in gates.items() if inputs[name]}  # an expert may be given no token
+    skipped = {name: dropped_inputs[name] / inputs[name] for name in seen}
+    read = {name: inputs[name] / tokens / module.in_features for name, module in seen.items()}  # times a token
+    gated = sum(read[name] * bytes_read(m.weight_t.nbytes, m.in_features, skipped[name]) for name, m in seen.items())
+    weights = {name: read[name] * module.weight_t.nbytes for name, module in seen.items()}
+    return round(others + gated), sum(skipped[name] * weights[name] for name in seen) / sum(weights.values())

@@ -11,6 +11,7 @@ from ..errors import OptionError
 from ..fitting.schemes import column_norms
 from ..format.config import WinaConfig
 from ..runtime import attention
+from ..runtime.experts import opened_experts
 from ..runtime.grouping import group
 from ..runtime.install import install
 from ..runtime.linear import DenseLinear, WinaLinear, gated_modules, observing
@@ -90,7 +91,7 @@ def sharing_copy(model: Any) -> Any:
 
 
 def make_dense(model: Any) -> Any:
-    """The model in place with plain linear modules, as transformers builds them."""
+    """The model in place with plain linear modules and experts, as transformers builds them."""
     for name, module in list(model.named_modules()):
         if isinstance(module, WinaLinear):
             plain = nn.Linear(1, 1, bias=False, device="meta")
@@ -100,5 +101,7 @@ def make_dense(model: Any) -> Any:
             model.set_submodule(name, plain)
         elif isinstance(module, DenseLinear):
             module.__class__ = nn.Linear  # type: ignore[assignment]
+    for name, experts in opened_experts(model).items():
+        model.set_submodule(name, experts.closed())
     attention.use(model, False)
     return model

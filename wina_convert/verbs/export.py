@@ -14,6 +14,7 @@ from ..defaults import torch_defaults
 from ..errors import CheckpointError, VerificationError, as_checkpoint_error
 from ..format.checkpoint import Checkpoint, open_checkpoint
 from ..format.dtypes import compute_dtype
+from ..format.experts import split_expert
 from ..format.folder import copy_sidecars
 from ..format.manifest import entry, read_manifest
 from ..format.names import (
@@ -89,7 +90,8 @@ def export(folder: str | Path, out: str | Path, max_shard_size: str = "5GB", pro
 
     Raises:
         OptionError: `max_shard_size` is no size.
-        CheckpointError: the folder is not a WINA checkpoint, or `out` exists or cannot be written.
+        CheckpointError: the folder is not a WINA checkpoint, or one of a mixture of experts; or `out` exists or cannot be
+            written.
         VerificationError: a weight file is not the one of the manifest.
     """
     folder, out = Path(folder), Path(out)
@@ -98,6 +100,11 @@ def export(folder: str | Path, out: str | Path, max_shard_size: str = "5GB", pro
         raise CheckpointError(f"{out} exists; choose another --out")
     check_target(out, str(folder), overwrite=False)
     checkpoint = open_checkpoint(folder)
+    if any(split_expert(name) for name in checkpoint.config.modules):
+        raise CheckpointError(
+            f"{folder} holds a mixture of experts, each by itself, which transformers reads in another form; load it and save "
+            "the dense model: model.dequantize().save_pretrained(...)"
+        )
     with as_checkpoint_error(folder):
         plan = _plan(checkpoint)
     nbytes = sum(spec.nbytes for spec, _, _ in plan)

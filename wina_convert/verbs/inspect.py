@@ -9,6 +9,7 @@ from ..defaults import torch_defaults
 from ..fitting.budget import Budget, budget_of, kind_of
 from ..format.checkpoint import open_checkpoint
 from ..format.curve import threshold_at
+from ..format.experts import shares, split_expert
 from ..format.names import REPORT, WEIGHT_T, split_layer
 from ..format.shards import TensorSpec
 from ..runtime.rule import bytes_read, overall
@@ -23,7 +24,8 @@ class LayerSummary:
         nbytes: bytes of its gated weights.
         thresholds: at the default sparsity, by projection.
         achieved: fraction skipped on held-out text at conversion; None where there is no report for it.
-        bytes_per_token: bytes of gated weights and cutoffs that a token reads at the default sparsity.
+        bytes_per_token: bytes of gated weights and cutoffs that a token reads at the default sparsity; of experts, as many as
+            it is given.
     """
 
     layer: int
@@ -77,7 +79,7 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
     sparsity = config.sparsity or 0.0
     keys = checkpoint.gated_keys()
     held_out = _held_out(Path(folder), keys)
-    curves = checkpoint.curves()
+    curves, every = checkpoint.curves(), shares(checkpoint.folder.config, keys)
     by_layer: dict[int, dict[str, str]] = {}  # names by kind
     for name in keys:
         place = split_layer(name)
@@ -87,11 +89,8 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
     for layer, kinds in sorted(by_layer.items()):
         names = list(kinds.values())
         weights = {name: specs[f"{keys[name]}.{WEIGHT_T}"] for name in names}
-        achieved = None
-        if held_out:
-            achieved = overall(
-                {name: held_out[1][name] for name in names}, {n: spec.numel for n, spec in weights.items()}
-            )
+        met = {name: round(every[name] * spec.numel) for name, spec in weights.items()}
+        seen = {name: held_out[1][name] for name in names if name in held_out[1]} if held_out else {}
         layers.append(
             LayerSummary(
                 layer=layer,
@@ -99,10 +98,12 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
                 thresholds={
                     kind: float(threshold_at(curves[name], config.grid, sparsity)) for kind, name in kinds.items()
                 },
-                achieved=achieved,
-                bytes_per_token=sum(
-                    bytes_read(spec.nbytes, spec.shape[0], budget.asked(name, sparsity))
-                    for name, spec in weights.items()
+                achieved=overall(seen, met) if seen else None,
+                bytes_per_token=round(
+                    sum(
+                        every[name] * bytes_read(spec.nbytes, spec.shape[0], budget.asked(name, sparsity))
+                        for name, spec in weights.items()
+                    )
                 ),
             )
         )
@@ -137,6 +138,8 @@ def _held_out(folder: Path, names: Iterable[str]) -> tuple[float, Mapping[str, f
     """Sparsity and achieved fractions of the report, where the folder has one that can be read."""
     try:
         held_out = json.loads((folder / REPORT).read_text("utf-8"))["verification"]["held_out"]
-        return float(held_out["sparsity"]), {name: float(held_out["projections"][name]) for name in names}
+        measured = {name: float(fraction) for name, fraction in held_out["projections"].items()}
+        missing = [name for name in names if name not in measured and split_expert(name) is None]
+        return None if missing else (float(held_out["sparsity"]), measured)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None

@@ -11,6 +11,7 @@ from ..fitting.budget import budget_of
 from ..format.checkpoint import Checkpoint, open_checkpoint
 from ..format.default import default_line, with_default
 from ..format.durable import replacing
+from ..format.experts import shares
 from ..format.grid import check_sparsity
 from ..format.manifest import renewed_manifest
 from ..format.names import CARD, CONFIG, MANIFEST, REPORT, WEIGHT_T
@@ -62,14 +63,15 @@ def _described(checkpoint: Checkpoint, sparsity: float) -> dict[str, bytes]:
     folder, specs = checkpoint.folder.path, checkpoint.folder.tensors
     budget = budget_of(checkpoint.config)
     weights = {name: specs[f"{key}.{WEIGHT_T}"] for name, key in checkpoint.gated_keys().items()}
+    met = shares(checkpoint.folder.config, weights)
     skipped = sum(
-        spec.nbytes - bytes_read(spec.nbytes, spec.shape[0], budget.asked(name, sparsity))
+        met[name] * (spec.nbytes - bytes_read(spec.nbytes, spec.shape[0], budget.asked(name, sparsity)))
         for name, spec in weights.items()
     )
     try:
         report = json.loads((folder / REPORT).read_bytes())
         reads = report["bytes_per_token"]
-        reads["gated"] = reads["dense"] - skipped
+        reads["gated"] = round(reads["dense"] - skipped)
         line = default_line(sparsity, reads["dense"], reads["gated"])
         converted = float(report["verification"]["held_out"]["sparsity"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

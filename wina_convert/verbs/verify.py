@@ -13,6 +13,7 @@ from ..fitting.budget import Budget, budget_of
 from ..fitting.schemes import Scheme, scheme_of
 from ..format.checkpoint import Checkpoint, open_checkpoint
 from ..format.curve import starts_at_zero
+from ..format.experts import shares
 from ..format.manifest import entry, files_of, read_manifest, write_manifest
 from ..format.names import BIASES, COLUMN_NORMS, MANIFEST, REPORT, WEIGHT_T, holds_weights
 from ..format.trust import check_folder
@@ -130,7 +131,9 @@ def _remedy(folder: Path, name: str) -> str:
 
 def _check_budget(checkpoint: Checkpoint, budget: Budget) -> None:
     specs = checkpoint.folder.tensors
-    weights = {name: specs[f"{key}.{WEIGHT_T}"].numel for name, key in checkpoint.gated_keys().items()}
+    keys = checkpoint.gated_keys()
+    met = shares(checkpoint.folder.config, keys)
+    weights = {name: round(met[name] * specs[f"{key}.{WEIGHT_T}"].numel) for name, key in keys.items()}
     for level in budget.grid if budget.shares else ():
         if abs(budget.overall(weights, level) - level) > SPENT:
             raise VerificationError(
