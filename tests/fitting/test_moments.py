@@ -11,12 +11,11 @@ from transformers import AutoModelForCausalLM
 from support.bases import CPU, random_tokens, turn_of
 from support.families import FAMILIES, make_model
 from support.folders import config_of, tensors_of
-from wina_convert.conversion import turn as turning
 from wina_convert.conversion.turn import find_basis, gather, plan_turn, read_turned
 from wina_convert.errors import CalibrationError, OptionError, SourceError
 from wina_convert.fitting.fit_basis import principal_axes
 from wina_convert.fitting.moments import Moments, pick_tokens
-from wina_convert.models.source import open_source
+from wina_convert.models.source import Source, open_source
 from wina_convert.progress import silent
 
 STREAM = ("llama", "llama-tied", "qwen2", "qwen3", "gemma", "phi3")
@@ -157,8 +156,8 @@ def test_an_overflow_is_refused(tmp_path: Path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_plan_is_made_from_headers_and_names_what_the_family_allows(family: str, tmp_path: Path, monkeypatch):
     source = open_source(str(make_model(family, tmp_path)))
-    for name in ("read_rows", "read_tensors"):
-        monkeypatch.setattr(turning, name, None)  # no weight may be read
+    for name in ("read", "rows"):
+        monkeypatch.setattr(Source, name, None)  # no weight may be read
     assert plan_turn(source, "none", CPU) is None
     for kind in ("pca", "fitted", "auto"):
         turn = plan_turn(source, kind, CPU)

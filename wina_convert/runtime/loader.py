@@ -67,6 +67,7 @@ class WinaQuantizer(HfQuantizer):
             self.read_from = Path(checkpoint_files[0]).parent if checkpoint_files else None
             return
         install(model, self.quantization_config)
+        self.mixture = bool(opened_experts(model))
         if checkpoint_files:  # None where the caller passed a state dict
             check_files(model, checkpoint_files)
             self.folder = Path(checkpoint_files[0]).parent
@@ -77,7 +78,6 @@ class WinaQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self._gate(model)
         configure(model, self.quantization_config)
-        self.mixture = bool(opened_experts(model))
         group(model)
         attention.use(model, not self.chosen_attention)
         for module in model.modules():
@@ -107,9 +107,10 @@ class WinaQuantizer(HfQuantizer):
         restore(model, dtype)
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        # Earlier transformers give no model, hence the field.
         # With opened experts the stored names are those of the parameters: nothing is joined, renamed, or parted when saved.
-        return [] if opened_experts(model) else weight_conversions
+        return [] if self.mixture else weight_conversions
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         name = next(iter(gated_modules(model)))
