@@ -1,0 +1,33 @@
+"""The page of the verbs, made from the help of the command line: `python tests/support/pages.py` writes it."""
+
+from pathlib import Path
+
+import click
+
+VERBS = Path(__file__).parents[2] / ".github" / "VERBS.md"
+INTRODUCTION = """# The verbs
+
+What `wina VERB --help` prints, for every verb. `wina convert` is the same as `wina-convert`.
+"""
+WIDTH = 100
+
+
+def verbs_page() -> str:
+    """The text of the page."""
+    from wina_convert.cli import wina
+
+    parts = [INTRODUCTION]
+    for name, command in sorted(wina.commands.items()):
+        context = click.Context(
+            command,
+            info_name=name,
+            parent=click.Context(wina, info_name="wina"),
+            terminal_width=WIDTH,
+            max_content_width=WIDTH,
+        )
+        parts.append(f"## {name}\n\n```text\n{command.get_help(context)}\n```\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    VERBS.write_text(verbs_page(), "utf-8")
