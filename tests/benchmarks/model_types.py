@@ -47,6 +47,8 @@ WRAPPERS = (
 )
 # where a type's default config leaves out what every released model of it says
 MISSING: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
+    "bamba": {"attn_layer_indices": [1]},  # without attention layers transformers cannot generate
     **{name: {"head_dim": 128} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
     "emu3": {"vocabulary_map": {"<|extra_200|>": 9, "<image>": 7}},
@@ -60,7 +62,7 @@ MISSING: dict[str, dict[str, Any]] = {
         }
         for name in ("qwen2_vl", "qwen2_5_vl")
     },
-    "deepseek_v2": {"num_experts_per_tok": 6},
+    "deepseek_v2": {"num_experts_per_tok": 6, "moe_intermediate_size": 1408},
     "nemotron_h": {
         "moe_intermediate_size": 7680,
         "moe_shared_expert_intermediate_size": 7680,
