@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import click
+from click.testing import CliRunner
 
 VERBS = Path(__file__).parents[2] / ".github" / "VERBS.md"
 INTRODUCTION = """# The verbs
@@ -17,15 +17,11 @@ def verbs_page() -> str:
     from wina_convert.cli import wina
 
     parts = [INTRODUCTION]
-    for name, command in sorted(wina.commands.items()):
-        context = click.Context(
-            command,
-            info_name=name,
-            parent=click.Context(wina, info_name="wina"),
-            terminal_width=WIDTH,
-            max_content_width=WIDTH,
+    for name in sorted(wina.commands):
+        shown = CliRunner().invoke(
+            wina, [name, "--help"], prog_name="wina", terminal_width=WIDTH, max_content_width=WIDTH
         )
-        parts.append(f"## {name}\n\n```text\n{command.get_help(context)}\n```\n")
+        parts.append(f"## {name}\n\n```text\n{shown.stdout.strip()}\n```\n")
     return "\n".join(parts)
 
 
