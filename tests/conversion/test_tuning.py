@@ -19,10 +19,14 @@ from support.folders import config_of, files_of, tensors_of
 from support.interrupting import HIDDEN, interrupt_in_layer
 from wina_convert.cli.text import plan_text, report_text
 from wina_convert.conversion import tuning
+from wina_convert.conversion.weights import steps_of
 from wina_convert.errors import VerificationError
 from wina_convert.fitting import tune as learning
+from wina_convert.fitting.schemes import SCHEMES
 from wina_convert.fitting.tune import LEVELS
+from wina_convert.format.grid import GRID
 from wina_convert.format.manifest import write_manifest
+from wina_convert.models.structure import Projection
 from wina_convert.progress import lines
 from wina_convert.runtime.linear import gated_modules
 from wina_convert.verbs.inspect import inspect_checkpoint
@@ -276,3 +280,11 @@ def test_the_command_tunes(tmp_path: Path):
     result = run(source, "--out", tmp_path / "out", "--samples", "8", "--seq-len", "32", "--basis", "none", "--tune")
     succeeded(result)
     assert "  tuning        " in result.stdout
+
+
+def test_what_becomes_of_a_weight_is_on_its_device():
+    one = Projection("up_proj", "up_proj", 0, 4, 3, False, False, torch.float32)
+    (gate,) = steps_of([one], SCHEMES["wina"], None, {"up_proj": torch.zeros(len(GRID), 3)})
+    made = gate.make("up_proj.weight", torch.empty(3, 4, device="meta"))
+    assert set(made) == {"up_proj.weight_t", "up_proj.column_norms", "up_proj.biases"}
+    assert all(tensor.is_meta for tensor in made.values())

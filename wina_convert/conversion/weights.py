@@ -88,7 +88,7 @@ class Gate:
         return specs
 
     def make(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """Weight, column weights and biases of a gated projection; anything else as it is."""
+        """Weight, column weights and biases of a gated projection, on its device; anything else as it is."""
         projection = self.projections.get(name)
         if projection is None:
             return {name: tensor}
@@ -98,7 +98,7 @@ class Gate:
             f"{projection.key}.{COLUMN_NORMS}": self.scheme.column_weights(projection.name, weight_t),
         }
         if self.biases:
-            made[f"{projection.key}.{BIASES}"] = self.biases[projection.name]
+            made[f"{projection.key}.{BIASES}"] = self.biases[projection.name].to(tensor.device)
         return made
 
 
