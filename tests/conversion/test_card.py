@@ -4,11 +4,11 @@ import json
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
+from support.cards import run_snippets
 from support.commands import SMALL, contents, run, succeeded
 from support.folders import tensors_of
 
@@ -120,14 +120,7 @@ def test_the_metadata_of_a_card_is_what_was_written(converted: Path):
 def test_the_snippets_of_a_card_run_as_pasted_in_its_folder(converted: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(converted)
     before = contents(converted)
-    first, second = (part.split("```")[0] for part in ModelCard.load("README.md").text.split("```python\n")[1:])
-    printed: list[str] = []
-    exec(first, {"print": printed.append})
-    assert len(printed) == 1
-    assert "Once upon a time" in printed[0]
-    scope: dict[str, Any] = {}
-    exec(second, scope)
-    assert scope["model"].config.quantization_config.sparsity == 0.25
+    run_snippets(ModelCard.load("README.md").text)
     assert contents(converted) == before
 
 

@@ -10,11 +10,10 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from support.experts import MIXTURES
 from support.families import make_type
+from support.gating import gate_layers
 from wina_convert import convert, load
-from wina_convert.format.config import WinaConfig
 from wina_convert.runtime.experts import open_experts
 from wina_convert.runtime.grouping import group
-from wina_convert.runtime.install import install
 from wina_convert.runtime.kernels import cuda, driver
 from wina_convert.runtime.linear import gated_modules, observing
 from wina_convert.runtime.rule import scores
@@ -39,19 +38,12 @@ def model() -> Any:
     )
     model = MixtralForCausalLM(config).eval()
     open_experts(model)
-    plain = {n: m.weight.data for n, m in model.named_modules() if type(m) is torch.nn.Linear and ".layers." in n}
-    install(model, WinaConfig(modules=list(plain)))
+    gate_layers(model)
 
     def see(name: str, gate: Any, x: Tensor) -> None:
         gate.set_threshold(scores(x, gate.column_norms).quantile(0.5))
 
-    gates = gated_modules(model)
-    for name, gate in gates.items():
-        gate.weight_t.data = plain[name].t().contiguous()
-        gate.column_norms.data = gate.weight_t.norm(dim=1)
-        gate.thresholds.data.zero_()
-        gate.set_sparsity(0)
-    with observing(gates, see), torch.no_grad():
+    with observing(gated_modules(model), see), torch.no_grad():
         model(PROMPT)
     group(model)
     return model.cuda()

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from wina_convert.format.config import WinaConfig
+from support.gating import gate_layers
 from wina_convert.runtime import linear
 from wina_convert.runtime.grouping import group
-from wina_convert.runtime.install import install
 from wina_convert.runtime.kernels import cuda, driver
 from wina_convert.runtime.linear import gated_modules, observing
 from wina_convert.runtime.rule import scores
@@ -35,13 +34,7 @@ def model() -> LlamaForCausalLM:
         pad_token_id=0,
     )
     model = LlamaForCausalLM(config).eval()
-    plain = {n: m.weight.data for n, m in model.named_modules() if type(m) is nn.Linear and ".layers." in n}
-    install(model, WinaConfig(modules=list(plain)))
-    for name, gate in gated_modules(model).items():
-        gate.weight_t.data = plain[name].t().contiguous()
-        gate.column_norms.data = gate.weight_t.norm(dim=1)
-        gate.thresholds.data.zero_()
-        gate.set_sparsity(0)
+    gate_layers(model)
     group(model)
     return model.cuda()
 

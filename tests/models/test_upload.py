@@ -4,13 +4,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from support.cards import run_snippets
 from support.commands import SMALLEST, contents, refused, run, run_wina, succeeded
 from support.edits import edit_json, edit_tensor
 from support.hub import Hub
@@ -92,15 +92,7 @@ def test_what_comes_back_is_the_model(hub: Hub, converted: Path, tmp_path: Path)
 
 def test_the_snippets_of_a_card_on_the_hub_run_as_pasted(hub: Hub, converted: Path):
     push(converted, NAME)
-    text = ModelCard.load(NAME).text
-    first, second = (part.split("```")[0] for part in text.split("```python\n")[1:])
-    printed: list[str] = []
-    exec(first, {"print": printed.append})
-    assert len(printed) == 1
-    assert "Once upon a time" in printed[0]
-    scope: dict[str, Any] = {}
-    exec(second, scope)
-    assert scope["model"].config.quantization_config.sparsity == 0.25
+    run_snippets(ModelCard.load(NAME).text)
 
 
 def test_a_conversion_that_is_pushed_asks_first_and_uploads_last(hub: Hub, source: Path, tmp_path: Path):

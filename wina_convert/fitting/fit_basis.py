@@ -111,8 +111,8 @@ def fit_basis(start: Tensor, sites: Sequence[Site], effort: Effort, seed: int, p
     """Turn a basis so that what a threshold drops is small.
 
     Adam on a free matrix P, of which Cayley's map of P - P' makes a rotation, from P = 0. A step looks at a few of the norms,
-    all of them in turn, and at a run of tokens of each. In float32, of which tensor cores round a step's products, for a step has
-    more noise than that; the last map in float64.
+    all of them in turn, and at a run of tokens of each. In float32, on a GPU with products in TF32, for a step has more
+    noise than that; the last map in float64.
 
     Args:
         start: [hidden, hidden], float64, orthogonal.

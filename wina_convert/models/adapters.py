@@ -6,7 +6,7 @@ Merged is what PEFT's `merge_and_unload` gives: W + scale * B A (LoRA, arXiv 210
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -198,8 +198,8 @@ def bind(adapter: Adapter, base: Mapping[str, TensorSpec], vocabulary: object) -
     return replace(adapter, pairs=pairs, replaced=replaced)
 
 
-def _key(adapter: Adapter, name: str, base: Iterable[str]) -> str:
-    keys = [name] if name in set(base) else [key for key in base if name.endswith(f".{key}")]
+def _key(adapter: Adapter, name: str, base: Mapping[str, TensorSpec]) -> str:
+    keys = [name] if name in base else [key for key in base if name.endswith(f".{key}")]
     if len(keys) != 1:
         raise SourceError(
             f"{adapter.name} changes {name!r}, for which its base {adapter.base} has {len(keys)} tensors; {MERGE_FIRST}"
@@ -228,8 +228,9 @@ def _check(
             f"{adapter.name} does not fit its base {adapter.base}: {key!r} is {list(spec.shape)} there, not {list(shape)}; "
             "give the base that it was trained on, or merge it with PEFT first"
         )
-    alike = [other for other, one in base.items() if one.shape == spec.shape and split_layer(other) is None]
-    if len(spec.shape) == 2 and spec.shape[0] == vocabulary and alike == [key]:
+    if len(spec.shape) != 2 or spec.shape[0] != vocabulary:
+        return
+    if [other for other, one in base.items() if one.shape == spec.shape and split_layer(other) is None] == [key]:
         raise SourceError(
             f"{adapter.name} changes {key!r}, which its base {adapter.base} uses as embedding and as head, and an adapter "
             f"changes one of them; {MERGE_FIRST}"

@@ -93,10 +93,9 @@ class StreamedModel:
         self.keys = dict(keys)
         self.aliases = tied(model, keys)
         check_parameters(model, keys, specs)
-        around = ((name, part) for name, part in model.named_modules() if isinstance(part, PreTrainedModel))
-        self._body = [part for name, part in around if not name or self.prefix.startswith(f"{name}.")][
-            -1
-        ]  # without a head
+        models = [(name, part) for name, part in model.named_modules() if isinstance(part, PreTrainedModel)]
+        # the innermost around the layers: without a head
+        self._body = [part for name, part in models if not name or self.prefix.startswith(f"{name}.")][-1]
         self._outer = [name for name in for_text(model, self.keys) if not name.startswith(f"{self.prefix}.")]
         # What each layer gets besides the hidden states, by batch.
         self._arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
@@ -161,9 +160,8 @@ class StreamedModel:
         def logits(hidden: Tensor) -> Tensor:
             # The layers pass through, so that whatever a family does after them is done here too.
             self._inject = hidden[None]
-            tokens = torch.zeros(
-                1, len(hidden), dtype=torch.int64, device=self.device
-            )  # any: the layers drop what comes of them
+            # any tokens: the layers drop what comes of them
+            tokens = torch.zeros(1, len(hidden), dtype=torch.int64, device=self.device)
             output: Tensor = self.model(input_ids=tokens, use_cache=False).logits
             return output[0]
 

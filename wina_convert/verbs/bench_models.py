@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from ..errors import OptionError
 from ..fitting.schemes import column_norms
 from ..format.config import WinaConfig
+from ..format.grid import GRID
+from ..format.names import COLUMN_NORMS, THRESHOLDS
 from ..runtime import attention
-from ..runtime.experts import opened_experts
 from ..runtime.grouping import group
-from ..runtime.install import install
-from ..runtime.linear import DenseLinear, WinaLinear, gated_modules, observing
+from ..runtime.install import gate
+from ..runtime.linear import WinaLinear, gated_modules, observing
+from ..runtime.restore import restore
 from ..runtime.rule import scores
 
 # hidden, layers, intermediate, heads, key-value heads, tied head: those of Llama 3.2 1B and 3B and of Llama 3 8B
@@ -56,13 +58,14 @@ def random_model(size: str, dtype: str, device: torch.device | str = "cpu") -> A
             for part in flat.split(len(numbers)):
                 part.copy_(numbers[: len(part)])
     names = [name for name, module in model.named_modules() if type(module) is nn.Linear and ".layers." in name]
-    plain = {name: model.get_submodule(name).weight.data for name in names}
-    install(model, WinaConfig(modules=names))
-    for name in names:
-        gate = model.get_submodule(name)
-        gate.weight_t.data = plain.pop(name).t().contiguous()
-        gate.column_norms.data = column_norms(gate.weight_t)
-        gate.thresholds.data.zero_()
+    gate(
+        model,
+        WinaConfig(modules=names),
+        lambda name, weight_t: {
+            COLUMN_NORMS: column_norms(weight_t),
+            THRESHOLDS: torch.zeros(len(GRID), dtype=torch.float32),
+        },
+    )
     group(model)
     attention.use(model)
     return model
@@ -92,16 +95,5 @@ def sharing_copy(model: Any) -> Any:
 
 def make_dense(model: Any) -> Any:
     """The model in place with plain linear modules and experts, as transformers builds them."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, WinaLinear):
-            plain = nn.Linear(1, 1, bias=False, device="meta")
-            plain.in_features, plain.out_features = module.in_features, module.out_features
-            plain.weight = nn.Parameter(module.weight_t.t().contiguous(), requires_grad=False)
-            plain.register_parameter("bias", module.bias)
-            model.set_submodule(name, plain)
-        elif isinstance(module, DenseLinear):
-            module.__class__ = nn.Linear  # type: ignore[assignment]
-    for name, experts in opened_experts(model).items():
-        model.set_submodule(name, experts.closed())
-    attention.use(model, False)
-    return model
+    restore(model)
+    return model.requires_grad_(False)
