@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -29,7 +30,7 @@ FEWEST_STEPS, FEWEST_NORMS = 150, 3  # with fewer steps, or fewer norms in each,
 SHARE = 4  # a step takes one norm in so many, or FEWEST_NORMS
 
 # What a fit may take. Operations: about ten minutes on two cores, or on a data-centre GPU. Bytes: on a CPU little beside what
-# a conversion holds; on a GPU a quarter of its memory, where it is known.
+# a conversion holds; beside a GPU, in the host's memory, no more than half of that.
 OPERATIONS = {"cpu": 3e13, "cuda": 1.2e16}
 BYTES = {"cpu": 1 << 28, "cuda": 16 << 30}
 
@@ -44,7 +45,7 @@ class Effort:
         tokens: of each norm in a step.
         kept: tokens of each norm in the sample.
         operations: floating-point operations of all steps.
-        nbytes: of sample, weights and optimiser.
+        nbytes: of sample, weights and optimiser, at most: in float32.
         enough: whether the limits leave it what it needs to be worth its time.
     """
 
@@ -65,7 +66,7 @@ class Effort:
 
 
 def effort_of(sizes: Geometry, readers: Sequence[Sequence[tuple[int, ...]]], device: torch.device) -> Effort:
-    """What a fit may take on a device, by its type and, for a GPU, its memory.
+    """What a fit may take on a device, by its type and, for a GPU, the host's memory.
 
     Args:
         sizes: of the model.
@@ -74,8 +75,8 @@ def effort_of(sizes: Geometry, readers: Sequence[Sequence[tuple[int, ...]]], dev
     """
     hidden, norms = sizes.hidden, len(readers)
     operations, nbytes = OPERATIONS.get(device.type, OPERATIONS["cpu"]), BYTES.get(device.type, BYTES["cpu"])
-    if device.type == "cuda" and torch.cuda.is_available():
-        nbytes = torch.cuda.get_device_properties(device).total_memory // 4
+    if device.type != "cpu":
+        nbytes = min(nbytes, psutil.virtual_memory().total // 2)
     rows = sum(min(shape[0], hidden) for shapes in readers for shape in shapes)
     # Forward and backward each multiply a step's tokens and rows by Q; Cayley's map costs about three inversions.
     a_norm = 4 * hidden**2 * (TOKENS + rows / norms)
@@ -111,8 +112,8 @@ def fit_basis(start: Tensor, sites: Sequence[Site], effort: Effort, seed: int, p
     """Turn a basis so that what a threshold drops is small.
 
     Adam on a free matrix P, of which Cayley's map of P - P' makes a rotation, from P = 0. A step looks at a few of the norms,
-    all of them in turn, and at a run of tokens of each. In float32, on a GPU with products in TF32, for a step has more
-    noise than that; the last map in float64.
+    all of them in turn, and at a run of tokens of each, which with the weights behind it is brought to the device for the step
+    alone. In float32, on a GPU with products in TF32, for a step has more noise than that; the last map in float64.
 
     Args:
         start: [hidden, hidden], float64, orthogonal.
@@ -124,7 +125,8 @@ def fit_basis(start: Tensor, sites: Sequence[Site], effort: Effort, seed: int, p
     Returns:
         [hidden, hidden], float64, orthogonal.
     """
-    origin, stacks = start.float(), [_stack(site, sites) for site in sites]
+    device, total = start.device, sum(reader.weights for site in sites for reader in site.readers)
+    origin, scales = start.float(), [_scales(site, total, device) for site in sites]
     free = torch.zeros_like(origin, requires_grad=True)
     optimiser = torch.optim.Adam([free], lr=RATE)
     generator = torch.Generator().manual_seed(seed)
@@ -141,10 +143,14 @@ def fit_basis(start: Tensor, sites: Sequence[Site], effort: Effort, seed: int, p
             turned = origin @ cayley(free)
             leaf = turned.detach().requires_grad_()
             for number in chosen:  # one at a time bounds what a gradient keeps
-                inputs = sites[number].inputs
+                inputs, readers = sites[number].inputs, sites[number].readers
                 first = int(torch.randint(max(1, len(inputs) - effort.tokens + 1), (1,), generator=generator))
-                part = inputs[first : first + effort.tokens].float()
-                loss = dropped_energy(part, stacks[number], leaf, level) / level**4  # which makes the levels alike
+                part = _brought(inputs[first : first + effort.tokens], device)
+                weights = [
+                    _brought(reader.factor, device) * scale
+                    for reader, scale in zip(readers, scales[number], strict=True)
+                ]
+                loss = dropped_energy(part, weights, leaf, level) / level**4  # which makes the levels alike
                 loss.backward()
             optimiser.zero_grad()
             turned.backward(leaf.grad)
@@ -182,14 +188,19 @@ def dropped_energy(inputs: Tensor, weights: Sequence[Tensor], q: Tensor, sparsit
     return total
 
 
-def _stack(site: Site, sites: Sequence[Site]) -> list[Tensor]:
-    """The weights behind a norm, so that a projection counts as it has weights, and its error in parts of its output."""
-    total = sum(reader.weights for other in sites for reader in other.readers)
-    sample, made = site.inputs[: 4 * TOKENS].float(), []
+def _scales(site: Site, total: int, device: torch.device) -> list[Tensor]:
+    """What the weights behind a norm are multiplied by, so that a projection counts as it has of the `total` weights, and its
+    error in parts of its output."""
+    sample, made = _brought(site.inputs[: 4 * TOKENS], device), []
     for reader in site.readers:
-        energy = (sample @ reader.factor.t()).square().sum(1).mean().clamp_min(1e-30)
-        made.append(reader.factor * (reader.weights / total / energy).sqrt())
+        energy = (sample @ _brought(reader.factor, device).t()).square().sum(1).mean().clamp_min(1e-30)
+        made.append((reader.weights / total / energy).sqrt())
     return made
+
+
+def _brought(tensor: Tensor, device: torch.device) -> Tensor:
+    """What rests in the host's memory, on the device, in float32."""
+    return tensor.to(device, non_blocking=True).float()
 
 
 @contextmanager

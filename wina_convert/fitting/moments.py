@@ -21,7 +21,8 @@ class Reader:
     """A projection behind a norm, as far as its scores and errors depend on it.
 
     Attributes:
-        factor: F with F'F = W'W, [at most hidden, hidden], float32: norms of columns and of outputs are those of W.
+        factor: F with F'F = W'W, [at most hidden, hidden], in the model's dtype: norms of columns and of outputs are those of
+            W. In the host's memory, as what enters a norm: together they are as large as the model.
         weights: number of elements of W.
     """
 
@@ -34,7 +35,7 @@ class Site:
     """A norm with what was kept of it.
 
     Attributes:
-        inputs: what leaves the norm, [tokens, hidden], in the dtype the model computes in.
+        inputs: what leaves the norm, [tokens, hidden], in the dtype the model computes in; in the host's memory.
         readers: the projections that read it.
     """
 
@@ -160,8 +161,8 @@ def gather_layer(
         weights = [_matrix(layer.get_submodule(name)) for name in readers]
         moments.stream += total * (sum(weight.numel() for weight in weights) / tokens)
         if sample:
-            behind = tuple(Reader(_factor(weight), weight.numel()) for weight in weights)
-            moments.sites.append(Site(torch.cat(sample), behind))
+            behind = tuple(Reader(_resting(_factor(weight)), weight.numel()) for weight in weights)
+            moments.sites.append(Site(_resting(torch.cat(sample)), behind))
     moments.mixed.append(mixed / tokens)
     w = _matrix(output).double().view(-1, sizes.kv_heads, group, sizes.head_dim).permute(1, 0, 2, 3).flatten(1, 2)
     moments.columns.append(w.mT @ w)
@@ -174,9 +175,13 @@ def _matrix(module: nn.Module) -> Tensor:
 
 
 def _factor(weight: Tensor) -> Tensor:
-    """The smaller of W and the triangle R of W = QR, float32: R'R = W'W."""
-    weight = weight.float()
+    """The smaller of W and the triangle R of W = QR, in W's dtype: R'R = W'W."""
     if len(weight) <= weight.shape[1]:
         return weight.clone()
-    triangle: Tensor = torch.linalg.qr(weight, mode="r").R
-    return triangle
+    triangle: Tensor = torch.linalg.qr(weight.float(), mode="r").R
+    return triangle.to(weight.dtype)
+
+
+def _resting(tensor: Tensor) -> Tensor:
+    """A tensor in the host's memory, from where a GPU reads it at the full speed of the bus."""
+    return tensor.cpu().pin_memory() if tensor.is_cuda else tensor

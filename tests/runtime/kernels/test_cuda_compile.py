@@ -91,7 +91,8 @@ def test_where_launches_overlap_nothing_is_read_before_the_wait(arch, waits):
 
 def test_the_kernel_and_the_host_agree_on_the_size_of_its_arguments():
     size = int(re.search(r"\.param .align 8 \.b8 gated_param_0\[(\d+)\]", compiled(VARIANTS[0])[0])[1])
-    assert len(cuda._pack(*[0] * (6 * cuda.MATRICES + 7))) == size
+    constant, call = cuda._pack_constant(*[0] * (5 * cuda.MATRICES + 4)), cuda._pack_call(*[0] * (3 + cuda.MATRICES))
+    assert len(constant + call) == size
 
 
 def test_code_is_compiled_once_and_read_from_the_disk_after_that(cache_folder, monkeypatch):

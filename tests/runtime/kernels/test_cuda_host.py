@@ -53,8 +53,8 @@ def launches(monkeypatch):
     def launch(function, grid, threads, shared, stream, early, arguments):
         (code, rows, lanes, aligned) = next(key for key, handle in kernels.items() if handle == function)
         dtype = DTYPES[code]
-        *fields, x, partial, counters, matrices, n_in, splits, tiles = struct.unpack(
-            "QQQQii" * 3 + "QQQiiii", arguments
+        *fields, matrices, n_in, splits, tiles, x, partial, counters, y1, y2, y3 = struct.unpack(
+            "QQQii" * 3 + "iiii" + "QQQQQQ", arguments
         )
         seen.append({"rows": rows, "aligned": aligned, "early": early})
         assert grid == (tiles, splits)
@@ -63,8 +63,9 @@ def launches(monkeypatch):
         x = tensor_at(x, dtype, rows, n_in)
         width = lanes * 16 // dtype.itemsize
         for i in range(matrices):
-            weight_t, tau, bias, y, n_out, first = fields[6 * i : 6 * i + 6]
-            end = fields[6 * i + 11] if i + 1 < matrices else tiles
+            weight_t, tau, bias, n_out, first = fields[5 * i : 5 * i + 5]
+            y = (y1, y2, y3)[i]
+            end = fields[5 * i + 9] if i + 1 < matrices else tiles
             assert end - first == -(-n_out // width)
             weight_t, tau = tensor_at(weight_t, dtype, n_in, n_out), tensor_at(tau, torch.float32, n_in)
             exact = reference.gated_linear(x, weight_t, tau, tensor_at(bias, dtype, n_out))

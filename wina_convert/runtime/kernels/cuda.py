@@ -34,8 +34,11 @@ STATIC = 128  # bytes of shared memory beside what a launch asks for, at most
 COUNTERS = 1024  # tiles of a launch whose inputs are split
 SLOTS = 64  # allocated together
 
-_pack = struct.Struct("QQQQii" * MATRICES + "QQQiiii").pack  # Arguments of gated.cu
-_NO_MATRIX = (0,) * 6
+# Arguments of gated.cu, in two parts.
+_pack_constant = struct.Struct("QQQii" * MATRICES + "iiii").pack
+_pack_call = struct.Struct("QQQ" + "Q" * MATRICES).pack
+_NO_MATRIX = (0,) * 5
+PREPARED = 1 << 14  # products that are remembered for a GPU
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,7 @@ class Card:
             raise DriverError(f"{found}; the kernels need {OLDEST / 10:.1f}")
         self.multiprocessors = properties.multi_processor_count
         self.shared = driver.shared_memory(index) - STATIC
+        self.prepared: dict[object, Prepared] = {}
         self._kernels: dict[tuple[int, int, int, bool], int] = {}
         self._slots: dict[tuple[int, int], int] = {}
         self._free: list[int] = []
@@ -209,21 +213,88 @@ def products(
     Returns:
         [..., out] each, dtype of x; None where the kernel does not do.
     """
+    if x.numel() > ROWS * x.shape[-1] or (card := _card(x.get_device())) is None:
+        return None
+    if not x.is_contiguous():
+        x = x.contiguous()
+    x_at = x.data_ptr()
+    # Everything that decides how a product is launched; what follows from it is remembered, for a token has many products and
+    # the processor little time for each.
+    key = (
+        (x.dtype, x.shape, x_at % 16),
+        tuple([(w.data_ptr(), w.dtype, w.shape, w.stride(), w.get_device()) for w in weights_t]),
+        tuple([(t.data_ptr(), t.dtype, t.shape, t.stride(), t.get_device()) for t in taus]),
+        tuple([b if b is None else (b.data_ptr(), b.dtype, b.shape, b.stride(), b.get_device()) for b in biases]),
+    )
+    if (launch := card.prepared.get(key)) is None:
+        launch = _prepare(card, x, weights_t, taus, biases)
+        if launch is None:
+            return None
+        if len(card.prepared) >= PREPARED:  # weights that come and go, thresholds that change all the time
+            card.prepared.clear()
+        card.prepared[key] = launch
+    if card.index != torch.cuda.current_device():
+        with torch.cuda.device(card.index):
+            return _run(card, launch, x)
+    return _run(card, launch, x)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A product as it is launched, but for what differs from call to call.
+
+    Attributes:
+        kernel: handle of the variant.
+        grid: blocks in x and y.
+        shared: bytes of dynamic shared memory of a block.
+        partial: float32 values that the splits leave in memory.
+        shapes: of the results.
+        constant: the first part of the kernel's arguments.
+    """
+
+    kernel: int
+    grid: tuple[int, int]
+    shared: int
+    partial: int
+    shapes: tuple[tuple[int, ...], ...]
+    constant: bytes
+
+
+def _prepare(
+    card: Card, x: Tensor, weights_t: Sequence[Tensor], taus: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> Prepared | None:
+    """How to launch this product; None where the kernel does not do."""
     n_in = x.shape[-1]
     rows = x.numel() // n_in if n_in else 0
     if not (1 <= rows <= ROWS and x.dtype in TYPES and all(map(_fits, [x] * len(taus), weights_t, taus, biases))):
-        return None
-    card = _card(x.get_device())
-    if card is None:
         return None
     outs = tuple([weight_t.shape[1] for weight_t in weights_t])
     division = plan(n_in, outs, x.element_size(), rows, card.multiprocessors, card.shared)
     if division is None:
         return None
-    if card.index != torch.cuda.current_device():
+    fields: list[int] = []
+    bits = x.data_ptr()
+    for weight_t, tau, bias, first in zip(weights_t, taus, biases, division.first, strict=True):
+        weight_at, tau_at, out = weight_t.data_ptr(), tau.data_ptr(), weight_t.shape[1]
+        bits |= weight_at | tau_at | out * x.itemsize
+        fields += (weight_at, tau_at, 0 if bias is None else bias.data_ptr(), out, first)
+    fields += _NO_MATRIX * (MATRICES - len(outs))
+    aligned = n_in % CHUNK == 0 and bits % 16 == 0
+    try:
         with torch.cuda.device(card.index):
-            return _run(card, division, x, rows, weights_t, taus, biases)
-    return _run(card, division, x, rows, weights_t, taus, biases)
+            driver.bind(card.index)
+            kernel = card.kernel(x.dtype, rows, division.lanes, aligned)
+    except (DriverError, NvrtcError) as error:
+        _refuse(card.index, error)
+        return None
+    return Prepared(
+        kernel=kernel,
+        grid=(division.tiles, division.splits),
+        shared=division.shared,
+        partial=division.partial,
+        shapes=tuple([(*x.shape[:-1], out) for out in outs]),
+        constant=_pack_constant(*fields, len(outs), n_in, division.splits, division.tiles),
+    )
 
 
 def _fits(x: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) -> bool:
@@ -245,46 +316,18 @@ def _fits(x: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) -> bool
     )
 
 
-def _run(
-    card: Card,
-    division: Plan,
-    x: Tensor,
-    rows: int,
-    weights_t: Sequence[Tensor],
-    taus: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-) -> list[Tensor] | None:
-    """`products` on the current device; None if the kernel turns out not to do."""
-    if not x.is_contiguous():
-        x = x.contiguous()
-    n_in, leading, x_at = x.shape[-1], x.shape[:-1], x.data_ptr()
-    ys: list[Tensor] = []
-    fields: list[int] = []
-    bits = x_at
-    for weight_t, tau, bias, first in zip(weights_t, taus, biases, division.first, strict=True):
-        out = weight_t.shape[1]
-        y = x.new_empty((*leading, out))
-        weight_at, tau_at = weight_t.data_ptr(), tau.data_ptr()
-        bits |= weight_at | tau_at | out * x.itemsize
-        fields += (weight_at, tau_at, 0 if bias is None else bias.data_ptr(), y.data_ptr(), out, first)
-        ys.append(y)
-    fields += _NO_MATRIX * (MATRICES - len(ys))
-    aligned = n_in % CHUNK == 0 and bits % 16 == 0
+def _run(card: Card, prepared: Prepared, x: Tensor) -> list[Tensor]:
+    """Launch a product on the current device with a contiguous x."""
     stream = torch._C._cuda_getCurrentRawStream(card.index)
     driver.bind(card.index)
-    try:
-        kernel = card.kernel(x.dtype, rows, division.lanes, aligned)
-        counters = card.counters(stream) if division.splits > 1 else 0
-    except (DriverError, NvrtcError) as error:
-        _refuse(card.index, error)
-        return None
+    ys = [x.new_empty(shape) for shape in prepared.shapes]
+    addresses = [y.data_ptr() for y in ys] + [0] * (MATRICES - len(ys))
     # From torch and given back on return: what uses it next runs behind this launch in the same stream, or graph.
-    partial = x.new_empty(division.partial, dtype=torch.float32) if division.partial else None
-    memory = x_at, 0 if partial is None else partial.data_ptr(), counters
-    arguments = _pack(*fields, *memory, len(ys), n_in, division.splits, division.tiles)
-    driver.launch(
-        kernel, (division.tiles, division.splits), 32 * WARPS, division.shared, stream, card.arch >= EARLY, arguments
-    )
+    partial = x.new_empty(prepared.partial, dtype=torch.float32) if prepared.partial else None
+    partial_at, counters = (0, 0) if partial is None else (partial.data_ptr(), card.counters(stream))
+    arguments = prepared.constant + _pack_call(x.data_ptr(), partial_at, counters, *addresses)
+    early = card.arch >= EARLY
+    driver.launch(prepared.kernel, prepared.grid, 32 * WARPS, prepared.shared, stream, early, arguments)
     return ys
 
 

@@ -35,16 +35,16 @@ struct Matrix {
   const T* weight_t;  // [n_in, n_out]
   const float* tau;   // [n_in]
   const T* bias;      // [n_out] or null
-  T* y;               // [ROWS, n_out]
   int n_out, first;   // first: number of its first tile
 };
 
-struct Arguments {
+struct Arguments {  // first what is the same in each call, then what is not
   Matrix matrix[3];
+  int matrices, n_in, splits, tiles;
   const T* x;          // [ROWS, n_in]
   float* partial;      // [ROWS, splits, tiles * TILE], where splits > 1
   unsigned* arrivals;  // [tiles], zero before and after a launch
-  int matrices, n_in, splits, tiles;
+  T* y[3];             // [ROWS, n_out] each
 };
 
 __device__ __forceinline__ float widen(T value) {
@@ -303,6 +303,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) gated(const __grid_cons
   int* entries = (int*)(values + chunks * 8 * ROWS);
   const int which = (a.matrices > 1 && tile >= a.matrix[1].first) + (a.matrices > 2 && tile >= a.matrix[2].first);
   const Matrix m = a.matrix[which];
+  T* const y = a.y[which];
   const int left = (tile - m.first) * TILE, column = left + threadIdx.x % LANES * WIDTH;
 
 #if __CUDA_ARCH__ >= 900
@@ -326,6 +327,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) gated(const __grid_cons
     for (int s = 0; s < SHARE; ++s) {
       const int c = s * THREADS + threadIdx.x, out = left + c;
       if (c < TILE && out < m.n_out)
-        m.y[(size_t)r * m.n_out + out] = narrow(m.bias ? total[r][s] + widen(__ldcg(m.bias + out)) : total[r][s]);
+        y[(size_t)r * m.n_out + out] = narrow(m.bias ? total[r][s] + widen(__ldcg(m.bias + out)) : total[r][s]);
     }
 }
