@@ -146,7 +146,6 @@ REFUSED = {
     "cpmant": "it puts states of its own before those of a text",
     "lfm3": "its files call some projections otherwise than the model does",
     "mllama": "some of its layers run for images alone",
-    "olmo_hybrid": "its files hold in three tensors what the model joins to one",
     "prophetnet": "it predicts several tokens at once, in streams beside its hidden states",
     "reformer": "its layers are reversible and pass on two hidden states",
     "xlm": "its layers are parts in lists beside each other, and no modules of their own",

@@ -60,7 +60,7 @@ class Source(Folder):
 
     def is_stored(self, key: str) -> bool:
         """Whether a tensor is in the files as it is; else reading makes it."""
-        return self.adapter is None or not self.adapter.changes(key)
+        return not self.tensors[key].joined and (self.adapter is None or not self.adapter.changes(key))
 
     def told(self) -> dict[str, Any]:
         """What report and config.json say of it: name and revision, and the base's where an adapter was merged."""
@@ -71,7 +71,8 @@ class Source(Folder):
 
     def files(self) -> list[Path]:
         """The files with weights."""
-        found = [self.path / file for file in sorted({spec.file for spec in self.tensors.values()})]
+        stored = [part for spec in self.tensors.values() for part in (spec.joined or (spec,))]
+        found = [self.path / file for file in sorted({part.file for part in stored})]
         return found if self.adapter is None else [*found, *self.adapter.files]
 
 
