@@ -105,6 +105,7 @@ def test_nothing_is_converted_where_the_twin_fails(
 ) -> None:
     dense = make_type("opt", tmp_path / "dense")
     twin_proof.check_twin(open_source(str(dense)), silent)
+    monkeypatch.setattr(twin_proof, "_passed", set())
     damage(monkeypatch)
     with pytest.raises(SourceError, match=rf"'opt', which was tried on a small random model.*{what}"):
         convert(dense, tmp_path / "gated")

@@ -125,13 +125,18 @@ def _see(called: set[str], name: str, module: nn.Module, inputs: tuple[Tensor, .
         called.add(name)
 
 
+def kind_of(model: PreTrainedModel) -> tuple[type, str]:
+    """What models that are built alike share: the class and the config."""
+    return type(model), json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+
+
 def observe(model: PreTrainedModel) -> Observed:
     """Run the twin of a model once; models of one class and config share what is seen.
 
     Raises:
         SourceError: it does not run on text alone.
     """
-    key = (type(model), json.dumps(model.config.to_dict(), sort_keys=True, default=str))
+    key = kind_of(model)
     if key not in _seen:
         _seen[key] = _run(make_twin(model))
     return _seen[key]

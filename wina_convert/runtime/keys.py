@@ -77,4 +77,8 @@ def check_parameters(
                 "the two do not belong together"
             )
         if state[name].is_floating_point() and not specs[key].dtype.is_floating_point:
-            raise SourceError(f"tensor {key!r} is {specs[key].dtype}, where the model has floating-point numbers")
+            dtype = str(specs[key].dtype).removeprefix("torch.")
+            raise SourceError(
+                f"tensor {key!r} is {dtype}, where the model has floating-point numbers; give the checkpoint in float that it "
+                "was quantized from"
+            )
