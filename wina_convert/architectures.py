@@ -67,6 +67,7 @@ class Architecture:
         shared: groups of them that read the same input, in the order in which a layer calls them.
         dense: linear maps of the decoder layers that are not gated, relative to a layer, each with the reason.
         outputs: the length of the tuple that a decoder layer returns; 0: it returns the hidden states alone.
+        beside: modules of a model of more than text, beside its decoder, that text passes as well.
         named: what the table PRIOR does not tell of them by the last part of their names, in the same terms.
     """
 
@@ -79,6 +80,7 @@ class Architecture:
     shared: tuple[tuple[str, ...], ...] = ()
     dense: Mapping[str, str] = field(default_factory=dict)
     outputs: int = 0
+    beside: frozenset[str] = frozenset()
     named: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -123,20 +125,19 @@ DENSE = {
     ),
     r"(^|\.)(in_proj_ba?|in_proj_a|[ab]_proj|dt_proj|x_proj)$": "sets how fast a recurrent state forgets",
     r"(^|\.)(router|gate|shared_expert_gate)$": "chooses experts",
+    r"(^|\.)altup\.": "mixes the several hidden states of a token, of which there are too few to skip any",
 }
 
 # Modules of experts that get every token, sorted by expert and as zeros where it is not chosen, and store matrices as [in, out].
 SORTED_EXPERTS = frozenset({"Llama4TextExperts"})
 
 RECURRENT = "it has recurrent state only, whose kernels read the weights past the modules"
-SHARED = "its later layers take keys and values of earlier ones, which a conversion of a layer at a time does not have"
 SOUND = "it writes codes of sound and no text"
 DRAFTS = "it drafts for another model, whose keys and values it reads"
 
 # Types that cannot be converted, and why.
 REFUSED = {
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"), RECURRENT),
-    **dict.fromkeys(("gemma3n", "gemma3n_text"), SHARED),
     **dict.fromkeys(("musicgen", "musicgen_melody"), SOUND),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), DRAFTS),
     **dict.fromkeys(("zamba", "zamba2"), "its layers share the weights of one transformer block"),
@@ -145,14 +146,11 @@ REFUSED = {
     "cpmant": "it puts states of its own before those of a text",
     "lfm3": "its files call some projections otherwise than the model does",
     "mllama": "some of its layers run for images alone",
-    "olmo_hybrid": "its files hold in three tensors what the model joins to one",
     "prophetnet": "it predicts several tokens at once, in streams beside its hidden states",
     "reformer": "its layers are reversible and pass on two hidden states",
     "xlm": "its layers are parts in lists beside each other, and no modules of their own",
     "xlnet": "its hidden states are by position first and not by sequence",
 }
-# Fields of a config that, where they are set, keep a model of any type from being converted, and why.
-HINDRANCES = {"num_kv_shared_layers": SHARED}
 
 PRE_NORM = Residual(
     readers=(

@@ -65,7 +65,6 @@ def test_a_subclass_that_computes_something_else_stays_dense(monkeypatch: pytest
         ("xlm", "transformer.attentions and .* for its 12 decoder layers"),
         ("jetmoe", "keeps its experts in a form that is not known"),
         ("mamba", "state-space block"),
-        ("gemma3n_text", "num_kv_shared_layers in its config is not supported: its later layers take keys and values"),
     ],
 )
 def test_what_cannot_be_gated_is_refused_with_the_reason(model_type: str, why: str) -> None:
@@ -80,6 +79,15 @@ def test_a_twin_has_every_kind_of_layer_in_its_order() -> None:
     assert layer_kinds(twin) == kinds[: twin.config.num_hidden_layers]
     assert set(layer_kinds(twin)) == set(kinds)
     assert twin.config.num_hidden_layers < model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("layers", [35, 30])
+def test_half_of_the_layers_of_a_twin_share_where_those_of_the_model_do(layers: int) -> None:
+    model = skeleton("gemma3n_text", num_hidden_layers=layers)
+    twin = make_twin(model)
+    assert (twin.config.num_hidden_layers, twin.config.num_kv_shared_layers) == (10, 5)
+    assert set(layer_kinds(twin)) == set(layer_kinds(model))
+    assert twin.config.intermediate_size == [16384 // 16] * 10
 
 
 def test_all_widths_are_divided_alike() -> None:

@@ -107,3 +107,18 @@ def test_without_the_hub_what_was_downloaded_still_converts(
     assert json.loads((tmp_path / "out" / "wina_report.json").read_text())["source"]["revision"] == commit
     assert (len(hub.requests) > asked) == (state is failing_hub)
     verify_folder(tmp_path / "out")
+
+
+def test_a_type_that_does_not_convert_is_refused_before_its_weights_are_downloaded(
+    hub: Hub, source: Path, tmp_path: Path
+):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    config = {"model_type": "jetmoe", "architectures": ["JetMoeForCausalLM"], "vocab_size": 2048}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    hub.add("lab/odd", folder)
+    result = run("lab/odd", "--out", tmp_path / "gated", "--quiet")
+    refused(result, "'jetmoe'", "experts in a form that is not known")
+    assert not [request.path for request in hub.requests if request.path.endswith(".safetensors")]
+    assert not (tmp_path / "gated").exists()

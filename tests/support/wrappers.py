@@ -34,6 +34,20 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "image_token_index": IMAGE,
         **{"boi_token_index": 5, "eoi_token_index": 6},
     },
+    "gemma4": {  # as in E2B: the second half of the layers takes the keys and values of the first
+        "text_config": {
+            **{"model_type": "gemma4_text", **TEXT, "sliding_window": WINDOW, "hidden_size_per_layer_input": 16},
+            **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+            **{"num_kv_shared_layers": 2, "use_double_wide_mlp": True, "global_head_dim": 32},
+            "vocab_size_per_layer_input": 2048,
+        },
+        "vision_config": {
+            **{"model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+            **{"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "patch_size": PATCH},
+            **{"pooling_kernel_size": 2, "position_embedding_size": 16},
+        },
+        **{"image_token_id": IMAGE, "boi_token_id": 5, "eoi_token_id": 6, "audio_config": None},
+    },
     "llava": {
         "text_config": {"model_type": "llama", **TEXT},
         "vision_config": SIGLIP,
@@ -100,7 +114,7 @@ def with_image(model_type: str, seed: int = 0) -> dict[str, Tensor]:
     """A prompt with an image in it, as a processor would give it to the model."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(10, 2048, (1, 20), generator=generator)
-    count = 1 if model_type.startswith("qwen") else 4
+    count = 1 if model_type.startswith(("qwen", "gemma4")) else 4
     tokens[0, 4] = 5
     tokens[0, 5 : 5 + count] = IMAGE
     tokens[0, 5 + count] = 6
@@ -110,6 +124,12 @@ def with_image(model_type: str, seed: int = 0) -> dict[str, Tensor]:
         return found | {
             "pixel_values": torch.randn(patches, generator=generator),
             "image_grid_thw": torch.tensor([[1, 2, 2]]),
+            "mm_token_type_ids": (tokens == IMAGE).int(),
+        }
+    if model_type == "gemma4":  # 2 by 2 patches, which become one token
+        return found | {
+            "pixel_values": torch.rand(1, 4, 3 * PATCH**2, generator=generator),
+            "image_position_ids": torch.tensor([[[0, 0], [1, 0], [0, 1], [1, 1]]]),
             "mm_token_type_ids": (tokens == IMAGE).int(),
         }
     found["pixel_values"] = torch.randn(1, 3, SIDE, SIDE, generator=generator)

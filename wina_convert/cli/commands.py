@@ -12,6 +12,7 @@ from .common import (
     Group,
     begin,
     device_option,
+    download_bar,
     fractions,
     hub_options,
     json_option,
@@ -113,7 +114,7 @@ def inspect_command(folder: str, revision: str | None, token: str | None, quiet:
 @click.option("--batch-size", default=1, show_default=True, help="Sequences computed at a time.")
 @click.option("--plot", metavar="FILE.png", help="Also draw loss against sparsity (needs the extra 'plot').")
 @device_option
-@click.option("--revision", help="Branch, tag or commit of the source.")
+@click.option("--revision", help="Branch, tag or commit of the source; without one, of DIR, for a Hub id.")
 @click.option("--token", help="Hub access token.  [default: that of `hf auth login`]")
 @quiet_option
 @json_option
@@ -128,7 +129,8 @@ def eval_command(
 ) -> None:
     """Measure checkpoints on text: perplexity, KL and agreement with the dense source, achieved sparsity.
 
-    Several DIRs come in one table, with the bytes and multiply-accumulates of a token. Text that a conversion saw is refused.
+    DIR is a folder or a Hub id. Several come in one table, with the bytes and multiply-accumulates of a token. Text that a
+    conversion saw is refused.
 
     \b
     Examples:
@@ -146,7 +148,11 @@ def eval_command(
     if plot:
         check_file(Path(plot))
     several = len(folders) > 1
-    options |= {"compare": several or plot is not None, "progress": progress_of(quiet)}
+    options |= {
+        "compare": several or plot is not None,
+        "progress": progress_of(quiet),
+        "tqdm_class": download_bar(quiet),
+    }
     found = evaluate(folders, texts, device=choose_device(device), **options)
     if plot:
         draw_loss(Path(plot), found)
@@ -192,11 +198,10 @@ def generate_command(
       wina generate ./llama-wina --prompt "Once upon a time"
     """
     begin(quiet, f"Reading {folder}")
-    from ..models.device import choose_device
-    from ..verbs.generate import generate
-
     quiet_transformers()
     folder = local(folder, quiet, revision, token)
+    from ..models.device import choose_device
+    from ..verbs.generate import generate
 
     def write(text: str) -> None:
         if not as_json:

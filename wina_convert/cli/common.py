@@ -92,10 +92,15 @@ def begin(quiet: bool, doing: str) -> None:
 
 
 def local(folder: str, quiet: bool, revision: str | None, token: str | None) -> str:
-    """The folder of a checkpoint, downloaded where it is a Hub id."""
+    """The folder of a checkpoint, downloaded where it is a Hub id; one without a config is refused before slow imports."""
+    from pathlib import Path
+
+    from ..format.folder import read_config
     from ..models.source import checkpoint_folder
 
-    return checkpoint_folder(folder, revision, token, download_bar(quiet), progress_of(quiet))
+    found = checkpoint_folder(folder, revision, token, download_bar(quiet), progress_of(quiet))
+    read_config(Path(found))
+    return found
 
 
 def hub_options(command: Any) -> Any:

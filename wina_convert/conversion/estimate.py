@@ -66,7 +66,7 @@ def disk_bytes(
 
     A snapshot holds hidden states, the basis and what tuning learns.
     """
-    states = len(levels(sparsity)) * samples * length * plan.hidden_size * plan.dtype.itemsize
+    states = len(levels(sparsity)) * samples * length * plan.features * plan.dtype.itemsize
     beside = sum((source.path / path).stat().st_size for path in sidecars(source.path))
     learned = tuning.stored_bytes + 2 * tuning.snapshot_bytes if tuning else 0
     return plan.disk_bytes + beside + 2 * (states + (turn.basis_bytes if turn else 0)) + learned

@@ -85,8 +85,16 @@ def _convert(
 
         to = Destination(asked.push_to_hub, asked.push_revision, asked.private or None, token=asked.token)
         check_access(to)  # hours before it is needed
+
+    def try_type(found: Source) -> None:
+        """Refuse a type that does not convert before its weights are downloaded."""
+        from .twin_proof import check_twin
+
+        if not found.listed:
+            check_twin(found, progress)
+
     found_source = open_source(
-        model, asked.revision, asked.token, asked.trust_remote_code, scratch, tqdm_class, progress
+        model, asked.revision, asked.token, asked.trust_remote_code, scratch, tqdm_class, progress, try_type
     )
     # Only now, so that what is refused above is refused at once: these import transformers.
     import transformers
@@ -102,11 +110,9 @@ def _convert(
     from .tuning import carried_tuning, plan_tuning, tune_source, tuned_plan, tuning_sequences
     from .turn import basis_sequences, carried_basis, find_basis, plan_turn, restored_basis, turned_source
     from .turn_proof import check_turned
-    from .twin_proof import check_twin
 
     source, unused = taken(found_source, asked.allow_unused)
-    if not source.listed:
-        check_twin(source, progress)
+    try_type(source)
     chosen = (asked.targets, asked.ignore, asked.dtype, asked.scheme, asked.allocation)
     plan = make_plan(source, *chosen)  # as it is: what is wrong with source or options is refused before it is turned
     if turn := plan_turn(source, asked.basis, device):

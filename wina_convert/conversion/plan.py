@@ -15,6 +15,7 @@ from ..format.experts import shares
 from ..format.names import WEIGHT, split_layer
 from ..format.shards import TensorSpec, sentinel
 from ..models.discovery import architecture_of
+from ..models.handed import features
 from ..models.source import Source
 from ..models.stream import build_skeleton
 from ..models.structure import Projection, find_projections, not_read
@@ -44,6 +45,7 @@ class ConversionPlan:
         dense_bytes_per_token: bytes of weights the source reads for a token of text, embedding lookups aside; of experts, those
             that it is given.
         hidden_size: features of the hidden states between the layers.
+        features: the most numbers of a token that a layer hands on to the next.
         family: what is known of the model's structure.
     """
 
@@ -60,6 +62,7 @@ class ConversionPlan:
     embedding_bytes: int
     dense_bytes_per_token: int
     hidden_size: int
+    features: int
     family: Architecture
 
     @property
@@ -125,7 +128,7 @@ def make_plan(
         if place and place[0] == path:
             layers[place[1]] = layers.get(place[1], 0) + stored_bytes[key]
     outside = sum(stored_bytes[key] for name, key in keys.items() if not name.startswith(f"{path}."))
-    unread = not_read(model, keys)
+    unread = not_read(model, keys, family.beside)
     return ConversionPlan(
         projections=chosen,
         scheme=SCHEMES[scheme],
@@ -142,6 +145,7 @@ def make_plan(
             sum(met[name] * stored_bytes[key] for name, key in keys.items() if name not in unread)
         ),
         hidden_size=model.config.get_text_config().hidden_size,
+        features=features(model, list(model.get_submodule(path).children())),
         family=family,
     )
 

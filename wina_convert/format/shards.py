@@ -72,6 +72,8 @@ class TensorSpec:
         file: the shard that holds it, relative to its folder; empty where it is not yet written.
         stored: its name in that file, where that is another.
         piece: which part of the stored tensor it is, where it is not all of it.
+        joined: the stored tensors that make it one after another along the first dimension, where they are several; file and
+            stored are then the first one's.
     """
 
     name: str
@@ -80,6 +82,7 @@ class TensorSpec:
     file: str = ""
     stored: str = ""
     piece: Piece | None = None
+    joined: "tuple[TensorSpec, ...]" = ()
 
     @property
     def numel(self) -> int:
@@ -193,7 +196,11 @@ def read_tensors(folder: Path, specs: Iterable[TensorSpec]) -> Iterator[tuple[st
     """
     by_file: dict[str, list[TensorSpec]] = {}
     for spec in specs:
-        by_file.setdefault(spec.file, []).append(spec)
+        if spec.joined:
+            parts = dict(read_tensors(folder, spec.joined))
+            yield spec.name, torch.cat([parts[part.name] for part in spec.joined])
+        else:
+            by_file.setdefault(spec.file, []).append(spec)
     for file, members in by_file.items():
         try:
             with safe_open(folder / file, framework="pt") as shard:
@@ -215,7 +222,7 @@ def read_rows(folder: Path, spec: TensorSpec, nbytes: int = SLICE) -> Iterator[T
     """
     rows = spec.shape[0] if spec.shape else 0
     step = max(1, nbytes * rows // max(spec.nbytes, 1)) if rows else 1
-    if spec.piece is not None:  # a matrix of an expert
+    if spec.piece is not None or spec.joined:  # a matrix of an expert, or a small tensor
         for _, tensor in read_tensors(folder, [spec]):
             yield from tensor.split(step)
         return

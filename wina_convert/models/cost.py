@@ -44,7 +44,7 @@ def token_cost(
             the dense model, which has no cutoffs.
     """
     met = shares(gated.model.config.to_dict(), gated.keys)
-    gates, unread = gated_modules(gated.model), not_read(gated.model, gated.keys)
+    gates, unread = gated_modules(gated.model), not_read(gated.model, gated.keys, gated.beside)
     nbytes = macs = 0.0
     for name, key in gated.keys.items():
         owner, _, leaf = name.rpartition(".")

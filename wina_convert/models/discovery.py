@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import DENSE, HINDRANCES, Architecture
+from ..architectures import DENSE, Architecture
 from ..errors import SourceError, one_line
 from ..format.experts import COUNTS, experts_given, of_any_expert, split_expert
 from ..format.folder import Folder
 from ..format.names import WEIGHT
 from ..runtime.experts import open_experts, opened_experts
-from .structure import decoder_layers
+from .structure import decoder_layers, text_part
 from .twin import make_twin
 
 TOKENS = 12  # of each of two sequences that the twin is run on
@@ -36,10 +36,12 @@ class Observed:
         called: the modules that were called and did what a linear map does, by their names within a decoder layer; of experts,
             which tokens choose, by the name of any.
         outputs: the length of the tuple that a decoder layer returns; 0: it returns the hidden states alone.
+        beside: the modules beside the text decoder that text passes as well.
     """
 
     called: frozenset[str]
     outputs: int
+    beside: frozenset[str]
 
 
 def architecture_of(folder: Folder, model: PreTrainedModel) -> Architecture:
@@ -60,12 +62,6 @@ def discover(model: PreTrainedModel) -> Architecture:
     Raises:
         SourceError: it has no such list, its twin does not run, or nothing is left to gate.
     """
-    config = model.config.get_text_config()
-    for field, hindrance in HINDRANCES.items():
-        if getattr(config, field, None):
-            raise SourceError(
-                f"a model of type {config.model_type!r} with {field} in its config is not supported: {hindrance}"
-            )
     path = decoder_layers(model)
     _check_experts(model, path)
     observed = observe(model)
@@ -88,6 +84,7 @@ def discover(model: PreTrainedModel) -> Architecture:
         values=None,
         dense={name: reason for name, reason in names.items() if reason},
         outputs=observed.outputs,
+        beside=observed.beside,
     )
 
 
@@ -128,13 +125,18 @@ def _see(called: set[str], name: str, module: nn.Module, inputs: tuple[Tensor, .
         called.add(name)
 
 
+def kind_of(model: PreTrainedModel) -> tuple[type, str]:
+    """What models that are built alike share: the class and the config."""
+    return type(model), json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+
+
 def observe(model: PreTrainedModel) -> Observed:
     """Run the twin of a model once; models of one class and config share what is seen.
 
     Raises:
         SourceError: it does not run on text alone.
     """
-    key = (type(model), json.dumps(model.config.to_dict(), sort_keys=True, default=str))
+    key = kind_of(model)
     if key not in _seen:
         _seen[key] = _run(make_twin(model))
     return _seen[key]
@@ -145,6 +147,7 @@ def _run(twin: PreTrainedModel) -> Observed:
     path = decoder_layers(twin)
     called: set[str] = set()
     outputs: set[int] = set()
+    beside: set[str] = set()
     for layer in twin.get_submodule(path).children():
         layer.register_forward_hook(
             lambda _, inputs, output: outputs.add(len(output) if isinstance(output, (tuple, list)) else 0)
@@ -152,6 +155,10 @@ def _run(twin: PreTrainedModel) -> Observed:
         for name, module in layer.named_modules():
             if isinstance(module, (nn.Linear, Conv1D)):
                 module.register_forward_hook(functools.partial(_see, called, of_any_expert(name)))
+    part = text_part(twin)
+    for name, module in twin.named_modules():
+        if not f"{name}.".startswith(part):
+            module.register_forward_hook(lambda *_, name=name: beside.add(name))
     tokens = torch.arange(2 * TOKENS).view(2, TOKENS) * 7 % (twin.config.get_text_config().vocab_size - 8) + 4
     try:
         with torch.no_grad():
@@ -165,4 +172,4 @@ def _run(twin: PreTrainedModel) -> Observed:
         raise SourceError(
             f"the decoder layers of {twin.config.model_type!r} are not called alike; the type is not supported"
         )
-    return Observed(frozenset(called), outputs.pop())
+    return Observed(frozenset(called), outputs.pop(), frozenset(beside))

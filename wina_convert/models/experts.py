@@ -24,12 +24,13 @@ from ..format.experts import split_expert
 from ..format.folder import Folder
 from ..format.shards import Piece, TensorSpec
 from ..runtime.experts import OpenedExperts, opened_experts
+from .joined import joined
 
 _AnyFolder = TypeVar("_AnyFolder", bound=Folder)
 
 
 def opened(source: _AnyFolder, model: PreTrainedModel) -> _AnyFolder:
-    """A source whose tensors are those of a model with opened experts; the source itself, if there are none.
+    """A source whose tensors are those of a model with opened experts, and joined where the model has one for several.
 
     Args:
         source: the checkpoint, as it lies on the disk or opened already.
@@ -38,7 +39,7 @@ def opened(source: _AnyFolder, model: PreTrainedModel) -> _AnyFolder:
     Raises:
         SourceError: the tensors of its experts are in no form that is known.
     """
-    experts = opened_experts(model)
+    source, experts = joined(source, model), opened_experts(model)
     if not experts or all(spec.stored for spec in source.tensors.values()):  # none, or opened already
         return source
     leaves = {f"{name}.{leaf}": (name, leaf) for name, module in experts.items() for leaf in module.leaves}
@@ -91,8 +92,8 @@ def _part(
     """The one matrix or bias of an expert that a tensor is, by the place of its name among those that transformers joins."""
     place = split_expert(spec.name)
     parts = list(experts.rows(leaf, 2))
-    joined = all(isinstance(step, (MergeModulelist, Concatenate)) for step in converter.operations)
-    if place is None or not joined or len(parts) != len(converter.source_patterns):
+    known = all(isinstance(step, (MergeModulelist, Concatenate)) for step in converter.operations)
+    if place is None or not known or len(parts) != len(converter.source_patterns):
         raise ValueError("transformers makes it by other steps than joining")
     part = parts[converter.source_patterns.index(pattern)]
     return replace(spec, name=f"{path}.{place[1]}.{part}", stored=spec.stored or spec.name)

@@ -1,7 +1,7 @@
 """Finds the model to convert, on disk or on the Hub, and refuses early what cannot be converted."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Source(Folder):
 
     def is_stored(self, key: str) -> bool:
         """Whether a tensor is in the files as it is; else reading makes it."""
-        return self.adapter is None or not self.adapter.changes(key)
+        return not self.tensors[key].joined and (self.adapter is None or not self.adapter.changes(key))
 
     def told(self) -> dict[str, Any]:
         """What report and config.json say of it: name and revision, and the base's where an adapter was merged."""
@@ -71,7 +71,8 @@ class Source(Folder):
 
     def files(self) -> list[Path]:
         """The files with weights."""
-        found = [self.path / file for file in sorted({spec.file for spec in self.tensors.values()})]
+        stored = [part for spec in self.tensors.values() for part in (spec.joined or (spec,))]
+        found = [self.path / file for file in sorted({part.file for part in stored})]
         return found if self.adapter is None else [*found, *self.adapter.files]
 
 
@@ -83,6 +84,7 @@ def open_source(
     scratch: Path | None = None,
     tqdm_class: type[Any] | None = None,
     progress: Progress = silent,
+    try_type: Callable[[Source], object] = lambda source: None,
 ) -> Source:
     """Find a model and check that it can be converted.
 
@@ -95,11 +97,12 @@ def open_source(
             fetched. Without the Hub, a model in its cache will do. None: fetch the weights.
         tqdm_class: the progress bar for downloads; None: huggingface_hub's own.
         progress: how to report that the weights are being downloaded.
+        try_type: called with a source without tensors before the weights of a model on the Hub are downloaded.
 
     Raises:
         SourceError: it cannot be found, read or supported; the message says why and what to do.
     """
-    how = (token, trust_remote_code, scratch, tqdm_class, progress)
+    how = (token, trust_remote_code, scratch, tqdm_class, progress, try_type)
     if Path(model).is_dir():
         name, folder, commit = _named(_in_cache(Path(model)))
         if is_adapter(folder):
@@ -127,6 +130,7 @@ def _open_on_hub(
     scratch: Path | None,
     tqdm_class: type[Any] | None,
     progress: Progress,
+    try_type: Callable[[Source], object],
 ) -> Source:
     from . import hub
 
@@ -140,7 +144,10 @@ def _open_on_hub(
             return _open_folder(model, path, path.name, trust_remote_code)
         _check_tensors(model, found.tensors)
         return Source(**vars(found), revision=commit, trust_remote_code=trust_remote_code)
-    _check_config(model, read_config(hub.fetch_config(model, revision, token, tqdm_class))[1])  # before the weights
+    folder = hub.fetch_config(model, revision, token, tqdm_class)
+    text, config = read_config(folder)
+    _check_config(model, config)
+    try_type(Source(model, folder, config, text, {}, folder.name, trust_remote_code))
     path = hub.fetch_weights(model, revision, token, tqdm_class, progress)
     return _open_folder(model, path, path.name, trust_remote_code)
 

@@ -2,7 +2,8 @@
 
 The model is built on the meta device. Running it once with every decoder layer replaced by a pass-through records the hidden
 states after the embedding and the arguments (masks, rotary embeddings) that each layer gets. From then on a layer is loaded,
-run over all hidden states and put back on the meta device before the next one comes.
+run over all hidden states and put back on the meta device before the next one comes. What one hands on to the next is a tensor
+[B, S, features] whatever the model's own form is (see `models.handed`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,6 +29,7 @@ from ..runtime.install import install
 from ..runtime.keys import check_parameters, checkpoint_keys, tied
 from .discovery import architecture_of
 from .experts import opened
+from .handed import SHARED, packed, stored_before, unpacked
 from .source import Source
 from .structure import for_text
 
@@ -73,6 +75,7 @@ class StreamedModel:
         layers: its decoder layers.
         keys: checkpoint key of each parameter.
         outputs: the length of the tuple that a decoder layer returns; 0: it returns the hidden states alone.
+        beside: the modules beside a model's decoder that text passes as well.
 
     Raises:
         SourceError: a parameter has no tensor of its shape in the checkpoint.
@@ -92,11 +95,15 @@ class StreamedModel:
         self.prefix, self.outputs = family.layers, family.outputs
         self.keys = dict(keys)
         self.aliases = tied(model, keys)
+        self._stored = stored_before(self.layers)
+        self._hidden, self._copies = 0, 0  # features of a hidden state; how many a token has, if not one
         check_parameters(model, keys, specs)
         models = [(name, part) for name, part in model.named_modules() if isinstance(part, PreTrainedModel)]
         # the innermost around the layers: without a head
         self._body = [part for name, part in models if not name or self.prefix.startswith(f"{name}.")][-1]
-        self._outer = [name for name in for_text(model, self.keys) if not name.startswith(f"{self.prefix}.")]
+        self.beside = family.beside
+        passed = for_text(model, self.keys, self.beside)
+        self._outer = [name for name in passed if not name.startswith(f"{self.prefix}.")]
         # What each layer gets besides the hidden states, by batch.
         self._arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
         self._captured: list[Tensor] = []
@@ -108,13 +115,17 @@ class StreamedModel:
         return [self.keys[name] for name in self._layer_names(index)]
 
     def embed(self, batches: Iterable[Tensor]) -> list[Tensor]:
-        """Hidden states that enter the first decoder layer: [B, S] token ids -> [B, S, hidden] each."""
+        """What enters the first decoder layer: [B, S] token ids -> [B, S, features] each; most often hidden states alone."""
         head = self._names_of(self.model.get_output_embeddings())
         self._arguments = []
         with self._loaded([name for name in self._outer if name not in head]), self._stubs(), torch.no_grad():
             for batch in batches:
                 self._arguments.append([])
                 self._body(input_ids=batch.to(self.device), use_cache=False)
+                hidden = self._captured[-1]
+                several = hidden.dim() == 4 and hidden.shape[1:3] == batch.shape
+                self._hidden, self._copies = hidden.shape[-1], len(hidden) if several else 0
+                self._captured[-1] = packed(hidden, self._copies, {})
         states, self._captured = self._captured, []
         return states
 
@@ -129,16 +140,23 @@ class StreamedModel:
             tensors: its tensors by checkpoint key; None: read them.
 
         Yields:
-            a function from hidden states [B, S, hidden] and the number of their batch in `embed` to hidden states [B, S, hidden].
+            a function from what the layer before handed on, [B, S, features], and the number of its batch in `embed` to what this
+            one does.
         """
         module = self.layers[index]
 
         @torch.no_grad()
         def run(hidden: Tensor, number: int) -> Tensor:
             args, kwargs = self._arguments[number][index]
+            hidden, shared = unpacked(hidden, self._hidden, self._copies, self._stored[index])
+            if SHARED in kwargs:  # as the layers of this batch would have left it
+                shared = type(kwargs[SHARED])(shared)
+                kwargs = {**kwargs, SHARED: shared}
             output = module(hidden, *args, **kwargs)
-            result: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-            return result
+            if shared.keys() != self._stored[index + 1].keys():
+                raise SourceError(f"decoder layer {index} stored keys and values of {', '.join(shared)} for later ones")
+            hidden = output[0] if isinstance(output, (tuple, list)) else output
+            return packed(hidden, self._copies, shared)
 
         with self._loaded(self._layer_names(index), tensors):
             yield run
@@ -148,7 +166,7 @@ class StreamedModel:
         """Load what follows the layers for the length of a with-block.
 
         Yields:
-            a function from the last layer's hidden states [N, hidden] to logits [N, vocabulary].
+            a function from what the last layer handed on, [N, features], to logits [N, vocabulary].
         """
         embedding, head = (
             self._names_of(module) for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
@@ -159,13 +177,19 @@ class StreamedModel:
         @torch.no_grad()
         def logits(hidden: Tensor) -> Tensor:
             # The layers pass through, so that whatever a family does after them is done here too.
-            self._inject = hidden[None]
+            self._inject, _ = unpacked(hidden[None], self._hidden, self._copies, self._stored[-1])
             # any tokens: the layers drop what comes of them
             tokens = torch.zeros(1, len(hidden), dtype=torch.int64, device=self.device)
             output: Tensor = self.model(input_ids=tokens, use_cache=False).logits
             return output[0]
 
-        with self._loaded([name for name in self._outer if name not in spared]), self._stubs(), self._no_embedding():
+        # Zeros that take no memory stand in for the embedding: a model may look at its weight.
+        empty = {self.keys[name]: _get(self.model, name) for name in spared}
+        zeros = {
+            key: torch.zeros(1, dtype=one.dtype, device=self.device).expand(one.shape) for key, one in empty.items()
+        }
+        outer = [name for name in self._outer if name not in spared]
+        with self._loaded(list(spared), zeros), self._loaded(outer), self._stubs():
             yield logits
         self._inject = None
 
@@ -200,21 +224,6 @@ class StreamedModel:
         _set(self.model, name, tensor)
         if name in self.aliases:
             _set(self.model, self.aliases[name], tensor)
-
-    @contextmanager
-    def _no_embedding(self) -> Iterator[None]:
-        """Replace the input embedding, whose weight is not there, by zeros."""
-        embedding = self.model.get_input_embeddings()
-        width = embedding.get_parameter(WEIGHT).shape[1]
-
-        def forward(tokens: Tensor) -> Tensor:
-            return torch.zeros(*tokens.shape, width, dtype=self.model.dtype, device=self.device)
-
-        embedding.forward = forward
-        try:
-            yield
-        finally:
-            del embedding.forward
 
     @contextmanager
     def _stubs(self) -> Iterator[None]:

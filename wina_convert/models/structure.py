@@ -1,6 +1,6 @@
 """What a causal LM's decoder layers are made of: the projections that can be gated, and what a token only looks up."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -68,11 +68,17 @@ def text_part(model: PreTrainedModel) -> str:
     return next(f"{name}." if name else "" for name, module in model.named_modules() if module is decoder)
 
 
-def for_text(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """The parameters that text passes: those of the decoder and of the head, and not what makes hidden states of images."""
+def for_text(model: PreTrainedModel, names: Iterable[str], beside: Collection[str] = ()) -> list[str]:
+    """The parameters that text passes: those of the decoder and of the head, and not what makes hidden states of images.
+
+    Args:
+        model: the skeleton.
+        names: of parameters.
+        beside: the modules beside the decoder that text passes as well.
+    """
     part, head = text_part(model), model.get_output_embeddings()
-    heads = {name for name, module in model.named_modules() if module is head}
-    return [name for name in names if name.startswith(part) or name.rpartition(".")[0] in heads]
+    others = {name for name, module in model.named_modules() if module is head} | {*beside}
+    return [name for name in names if name.startswith(part) or name.rpartition(".")[0] in others]
 
 
 def decoder_layers(model: PreTrainedModel) -> str:
@@ -156,7 +162,7 @@ def find_projections(
     return found
 
 
-def not_read(model: PreTrainedModel, keys: Mapping[str, str]) -> set[str]:
+def not_read(model: PreTrainedModel, keys: Mapping[str, str], beside: Collection[str] = ()) -> set[str]:
     """The parameters that a token of text does not read: embeddings, of which it looks up a row, and parts for images or sound.
 
     A tied input embedding is the head as well, and read.
@@ -164,6 +170,7 @@ def not_read(model: PreTrainedModel, keys: Mapping[str, str]) -> set[str]:
     Args:
         model: the skeleton.
         keys: checkpoint key of each stored parameter.
+        beside: the modules beside the decoder that text passes as well.
     """
     head = model.get_output_embeddings()
     own_head = any(keys.get(f"{name}.{WEIGHT}") for name, module in model.named_modules() if module is head)
@@ -172,4 +179,4 @@ def not_read(model: PreTrainedModel, keys: Mapping[str, str]) -> set[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and (own_head or module is not model.get_input_embeddings())
     }
-    return (found & keys.keys()) | (keys.keys() - for_text(model, keys))
+    return (found & keys.keys()) | (keys.keys() - for_text(model, keys, beside))

@@ -24,6 +24,7 @@ MOST_LAYERS = 16
 SHORT = ("short_factor", "long_factor")  # of rotary embeddings: a number for every pair of features
 
 LAYERS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "encoder_layers", "num_encoder_layers")
+SHARING = "num_kv_shared_layers"
 PARTIAL = "partial_rotary_factor"  # of the features of a head
 SECTIONS = ("mrope_section",)  # of these pairs, how many tell of time, height and width
 
@@ -63,6 +64,8 @@ def make_twin(model: PreTrainedModel, seed: int = 0, vocabulary: int = VOCABULAR
     """
     kinds = layer_kinds(model)
     needed = 1 + max(kinds.index(kind) for kind in kinds)
+    if sharing := _sharing(model.config):
+        needed = 2 * (1 + max(kinds.index(kind) for kind in kinds[:-sharing]))  # half of the twin's layers share too
     try:
         config = shrink(model.config, len(kinds), min(max(needed, 2), len(kinds), MOST_LAYERS), vocabulary)
         with torch.device("cpu"), torch.random.fork_rng(devices=()):
@@ -76,6 +79,11 @@ def make_twin(model: PreTrainedModel, seed: int = 0, vocabulary: int = VOCABULAR
     twin.config._experts_implementation = "eager"  # the others need widths that are multiples of 16 bytes
     random_weights(twin, seed)
     return twin
+
+
+def _sharing(config: PreTrainedConfig) -> int:
+    """How many of the last layers take the keys and values of the last one of their type before them."""
+    return int(getattr(config.get_text_config(), SHARING, 0) or 0)
 
 
 def shrink(config: PreTrainedConfig, layers: int, kept: int, vocabulary: int = VOCABULARY) -> PreTrainedConfig:
@@ -107,11 +115,15 @@ def shrink(config: PreTrainedConfig, layers: int, kept: int, vocabulary: int = V
             short = value[: len(value) // factor] if name in SHORT else value
             if name in SECTIONS and all(part % factor == 0 for part in value):
                 short = [part // factor for part in value]
+            if _WIDTH.fullmatch(name):  # of each layer
+                short = [part // factor for part in value]
             return short[:kept] if len(short) == layers else short
         if isinstance(value, bool) or not isinstance(value, int):
             return value
         if name in counts:
             return kept
+        if name == SHARING:
+            return min(value, kept // 2)
         if _WIDTH.fullmatch(name):
             return value // factor
         if _WINDOW.fullmatch(name):
@@ -141,7 +153,9 @@ def _experts(fields: dict[str, Any]) -> int:
 
 def _factor(config: PreTrainedConfig, fields: dict[str, Any]) -> int:
     """The largest number that divides every width and leaves a head its least features."""
-    widths = [value for name, value in fields.items() if _WIDTH.fullmatch(name) and type(value) is int and value > 0]
+    by_field = [value for name, value in fields.items() if _WIDTH.fullmatch(name)]
+    by_layer = [width for value in by_field if isinstance(value, list) for width in value]
+    widths = [width for width in (*by_field, *by_layer) if type(width) is int and width > 0]
     heads = fields.get(config.attribute_map.get("num_attention_heads", "num_attention_heads"))
     hidden = fields.get(config.attribute_map.get("hidden_size", "hidden_size"))
     derived = hidden // heads if isinstance(heads, int) and isinstance(hidden, int) else HEAD_DIM

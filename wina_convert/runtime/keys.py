@@ -7,11 +7,20 @@ from collections.abc import Iterable, Mapping
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming, rename_source_key
 
 from ..errors import SourceError
 from ..format.shards import TensorSpec
 from .experts import opened_experts
+
+
+def joins(entry: object) -> bool:
+    """Whether a step of transformers' loading makes a parameter of several stored tensors, one after another."""
+    return (
+        isinstance(entry, WeightConverter)
+        and len(entry.source_patterns) > 1
+        and all(isinstance(step, Concatenate) and step.dim == 0 for step in entry.operations)
+    )
 
 
 def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
@@ -68,4 +77,8 @@ def check_parameters(
                 "the two do not belong together"
             )
         if state[name].is_floating_point() and not specs[key].dtype.is_floating_point:
-            raise SourceError(f"tensor {key!r} is {specs[key].dtype}, where the model has floating-point numbers")
+            dtype = str(specs[key].dtype).removeprefix("torch.")
+            raise SourceError(
+                f"tensor {key!r} is {dtype}, where the model has floating-point numbers; give the checkpoint in float that it "
+                "was quantized from"
+            )

@@ -100,6 +100,7 @@ class WinaQuantizer(HfQuantizer):
             model, self.read_from, self.quantization_config
         )
         self.pre_quantized = True
+        model._weight_conversions = self.update_weight_conversions(getattr(model, "_weight_conversions", None) or [])
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         from .restore import restore  # here, because transformers imports this module before it is complete
@@ -110,7 +111,12 @@ class WinaQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         # Earlier transformers give no model, hence the field.
         # With opened experts the stored names are those of the parameters: nothing is joined, renamed, or parted when saved.
-        return [] if self.mixture else weight_conversions
+        # What a plain model joins is stored joined in a checkpoint.
+        from .keys import joins  # here, because transformers imports this module
+
+        if self.mixture:
+            return []
+        return [entry for entry in weight_conversions if not (self.pre_quantized and joins(entry))]
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         name = next(iter(gated_modules(model)))

@@ -19,7 +19,7 @@ from ..models.documents import read_documents
 from ..models.measure import Measurement, measure
 from ..models.protocol import Protocol, cut
 from ..models.seen import refuse_seen
-from ..models.source import open_source
+from ..models.source import checkpoint_folder, open_source
 from ..models.stream import StreamedModel, checkpoint_stream, dense_stream
 from ..models.text import load_tokenizer
 from ..progress import Progress, silent
@@ -79,11 +79,12 @@ def evaluate(
     revision: str | None = None,
     token: str | None = None,
     progress: Progress = silent,
+    tqdm_class: type[Any] | None = None,
 ) -> list[Evaluation]:
     """Measure WINA checkpoints on the same text.
 
     Args:
-        folders: the checkpoints.
+        folders: the checkpoints, local or on the Hub.
         texts: files or dataset names, see `documents.read_documents`.
         sparsities: fractions to skip; none: each checkpoint's default.
         source: the dense model, local or on the Hub, to compare with.
@@ -93,9 +94,10 @@ def evaluate(
         compare: where there is no source, compare each checkpoint with itself at sparsity 0.
         batch_size: sequences computed at a time.
         device: to compute on; None: the CPU.
-        revision: of the source.
+        revision: of the source; without one, of the checkpoints that are on the Hub.
         token: Hub access token.
         progress: how to report progress.
+        tqdm_class: progress bar for downloads.
 
     Raises:
         WinaError: a checkpoint, the text or the source cannot be used; a conversion saw the text.
@@ -104,13 +106,19 @@ def evaluate(
         raise OptionError(f"samples is {samples} and batch size is {batch_size}; both must be at least 1")
     device = device or torch.device("cpu")
     asked = list(dict.fromkeys(check_sparsity(sparsity) for sparsity in sparsities))
-    checkpoints = [open_checkpoint(folder) for folder in folders]
+    of_checkpoints = revision if source is None else None
+    checkpoints = [
+        open_checkpoint(checkpoint_folder(str(folder), of_checkpoints, token, tqdm_class, progress))
+        for folder in folders
+    ]
     cuts = [_cut(checkpoint, texts, protocol, samples, seq_len) for checkpoint in checkpoints]
     recorded = [
         refuse_seen(checkpoint.folder.path, tokens, texts)
         for checkpoint, (tokens, _) in zip(checkpoints, cuts, strict=True)
     ]
-    original = None if source is None else open_source(source, revision, token)
+    original = (
+        None if source is None else open_source(source, revision, token, tqdm_class=tqdm_class, progress=progress)
+    )
     found = []
     for folder, checkpoint, (tokens, how), known in zip(folders, checkpoints, cuts, recorded, strict=True):
         gated = checkpoint_stream(checkpoint, device)
@@ -120,7 +128,7 @@ def evaluate(
         wanted = asked or [checkpoint.config.sparsity or 0.0]
         run = list(dict.fromkeys([0.0, *wanted])) if compare and dense is None else wanted
         steps = len(gated.layers) * len(tokens) * (len(run) + (dense is not None))
-        with progress(f"Evaluating {checkpoint.folder.name}", steps, "sequence") as advance:
+        with progress(f"Evaluating {folder}", steps, "sequence") as advance:
             measured = measure(gated, tokens, run, dense, batch_size, advance=advance)
         kept = tuple(one for one in measured if one.sparsity in wanted)
         specs = checkpoint.folder.tensors
