@@ -14,7 +14,7 @@ import ctypes
 import logging
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from time import perf_counter
@@ -36,9 +36,9 @@ LINE = 16  # float32 in a cache line
 # bfloat16 and float16 are told apart by the sign of the integer that holds their bits.
 STORAGE = {torch.float32: types.float32, torch.bfloat16: types.uint16, torch.float16: types.int16}
 
-FIELDS = ("x", "weight", "tau", "bias", "y", "scratch", "rows", "n_in", "n_out")  # addresses and sizes
+# Addresses and sizes of a product, and how many products the call has.
+FIELDS = ("x", "weight", "tau", "bias", "y", "scratch", "rows", "n_in", "n_out", "count")
 TASK = np.dtype([(name, np.int64) for name in FIELDS])
-_pack = struct.Struct(f"{len(FIELDS)}q").pack
 _OPTIONS = {"error_model": "numpy", "fastmath": {"contract", "nsz"}}
 _SUM_OPTIONS = {"error_model": "numpy", "fastmath": {"contract", "nsz", "reassoc"}}
 _local = threading.local()
@@ -84,29 +84,34 @@ def _compact(x, tau, rows, n_in, start, stop, index, value):
 
 
 @numba.njit(**_OPTIONS)
-def _gather(task, tau, x, row_bytes, counts, index, part, address, value):
-    """List the inputs that some row keeps, in their order, shared by the threads of a region; returns how many there are.
+def _kept_by(counts, threads):
+    """How many inputs the first threads have listed."""
+    kept = 0
+    for t in range(threads):
+        kept += counts[t * LINE]
+    return kept
+
+
+@numba.njit(**_OPTIONS)
+def _gather(task, part_at, index_at, counts, address, value, row_bytes):
+    """Copy what this thread has listed behind what the threads before it have.
 
     address[k]: of the weights of the k-th; value[k, r]: what row r has there, 0 where it drops the input.
     """
     rows, n_in = task.rows, task.n_in
     me, threads = _thread(), _threads()
-    start = n_in * me // threads
-    mine = _compact(x, tau, rows, n_in, start, n_in * (me + 1) // threads, index, part)
-    counts[me * LINE] = mine
-    _barrier()
-    before = active = 0
-    for t in range(threads):
-        before += counts[t * LINE] if t < me else 0
-        active += counts[t * LINE]
+    start, mine = n_in * me // threads, counts[me * LINE]
+    part, index = (
+        carray(pointer(part_at), (rows * n_in,), types.float32),
+        carray(pointer(index_at), (n_in,), types.int32),
+    )
+    before, active = _kept_by(counts, me), _kept_by(counts, threads)
     for k in range(mine):
         address[before + k] = task.weight + index[start + k] * row_bytes
     for i in range(mine * rows):
         value[before * rows + i] = part[start * rows + i]
     if me == 0:  # what is fetched ahead of the last ones
         address[active : active + AHEAD] = task.weight
-    _barrier()
-    return active
 
 
 @numba.njit(error_model="numpy")
@@ -193,60 +198,82 @@ def _compile(body: Callable[[Any], None]) -> int:
 _kept: list[Any] = []
 
 
+@numba.njit(**_OPTIONS)
+def _lists(task, rows, threads):
+    """Addresses of a task's lists behind the counts: addresses, values, of the threads' parts values and indices, and the end."""
+    address_at = task.scratch + 8 * threads * LINE
+    value_at = address_at + 8 * (task.n_in + AHEAD)
+    part_at = value_at + 4 * rows * task.n_in
+    index_at = part_at + 4 * rows * task.n_in
+    return address_at, value_at, part_at, index_at, (index_at + 4 * task.n_in + 63) // 64 * 64
+
+
 @cache
 def _columns_code(storage: Any, rows: int) -> int:
     streams = 12 if rows == 1 else 8  # rows of the weight that are read side by side
     size, pairs = storage.bitwidth // 8, storage == types.uint16
 
     def columns(given):
-        task = carray(given, (1,))[0]
-        n_in, n_out = task.n_in, task.n_out
-        me, threads = _thread(), _threads()
-        stride = n_out // threads // LINE * LINE + 4 * STRIP
-        counts = carray(pointer(task.scratch), (threads * LINE,), types.int64)
-        address_at = task.scratch + 8 * threads * LINE
-        part_at = address_at + 8 * (n_in + AHEAD)
-        value_at = part_at + 4 * rows * n_in
-        index_at = value_at + 4 * rows * n_in
-        sums_at = (index_at + 4 * n_in + 63) // 64 * 64 + 4 * me * rows * stride
-        weight = carray(pointer(task.weight), (n_in * n_out,), storage)
-        bias = carray(pointer(task.bias), (n_out,), storage)
-        y = carray(pointer(task.y), (rows * n_out,), storage)
-        sums = carray(pointer(sums_at), (rows * stride,), types.float32)
-        active = _gather(
-            task,
-            carray(pointer(task.tau), (n_in,), types.float32),
-            carray(pointer(task.x), (rows * n_in,), storage),
-            n_out * size,
-            counts,
-            carray(pointer(index_at), (n_in,), types.int32),
-            carray(pointer(part_at), (rows * n_in,), types.float32),
-            carray(pointer(address_at), (n_in + AHEAD,), types.int64),
-            carray(pointer(value_at), (rows * n_in,), types.float32),
-        )
-        # The threads share the strips; the last one takes the columns behind them as well.
-        first = n_out // STRIP * me // threads
-        strips = n_out // STRIP * (me + 1) // threads - first
-        rest = n_out % STRIP if me == threads - 1 else 0
-        offset, behind = first * STRIP * size, (first + strips) * STRIP * size
-        rest_at = sums_at + 4 * strips * STRIP
-        sums[:] = 0
-        k = 0
-        while k + streams <= active:
-            at, v = address_at + 8 * k, value_at + 4 * rows * k
-            accumulate(weight, streams, rows, LANES, at, offset, v, sums_at, 4 * stride, strips)
-            k += streams
-        while k < active:
-            at, v = address_at + 8 * k, value_at + 4 * rows * k
-            accumulate(weight, 1, rows, LANES, at, offset, v, sums_at, 4 * stride, strips)
-            k += 1
-        if rest:
-            for k in range(active):
+        count = carray(given, (1,))[0].count
+        tasks, me, threads = carray(given, (count,)), _thread(), _threads()
+        for number in range(count):
+            task = tasks[number]
+            n_in = task.n_in
+            start, stop = n_in * me // threads, n_in * (me + 1) // threads
+            _, _, part_at, index_at, _ = _lists(task, rows, threads)
+            counts = carray(pointer(task.scratch), (threads * LINE,), types.int64)
+            x = carray(pointer(task.x), (rows * n_in,), storage)
+            tau = carray(pointer(task.tau), (n_in,), types.float32)
+            index = carray(pointer(index_at), (n_in,), types.int32)
+            part = carray(pointer(part_at), (rows * n_in,), types.float32)
+            counts[me * LINE] = _compact(x, tau, rows, n_in, start, stop, index, part)
+        _barrier()
+        for number in range(count):
+            task = tasks[number]
+            address_at, value_at, part_at, index_at, _ = _lists(task, rows, threads)
+            _gather(
+                task,
+                part_at,
+                index_at,
+                carray(pointer(task.scratch), (threads * LINE,), types.int64),
+                carray(pointer(address_at), (task.n_in + AHEAD,), types.int64),
+                carray(pointer(value_at), (rows * task.n_in,), types.float32),
+                task.n_out * size,
+            )
+        _barrier()
+        for number in range(count):
+            task = tasks[number]
+            n_out, active = task.n_out, _kept_by(carray(pointer(task.scratch), (threads * LINE,), types.int64), threads)
+            address_at, value_at, _, _, sums_at = _lists(task, rows, threads)
+            stride = n_out // threads // LINE * LINE + 4 * STRIP
+            sums_at += 4 * me * rows * stride
+            weight = carray(pointer(task.weight), (task.n_in * n_out,), storage)
+            bias = carray(pointer(task.bias), (n_out,), storage)
+            y = carray(pointer(task.y), (rows * n_out,), storage)
+            sums = carray(pointer(sums_at), (rows * stride,), types.float32)
+            # The threads share the strips; the last one takes the columns behind them as well.
+            first = n_out // STRIP * me // threads
+            strips = n_out // STRIP * (me + 1) // threads - first
+            rest = n_out % STRIP if me == threads - 1 else 0
+            offset, behind = first * STRIP * size, (first + strips) * STRIP * size
+            rest_at = sums_at + 4 * strips * STRIP
+            sums[:] = 0
+            k = 0
+            while k + streams <= active:
                 at, v = address_at + 8 * k, value_at + 4 * rows * k
-                accumulate(weight, 1, rows, 1, at, behind, v, rest_at, 4 * stride, rest)
-        for r in range(rows):
-            left = first * STRIP
-            _finish(sums[r * stride :], bias[left:], task.bias != 0, y[r * n_out + left :], pairs, strips, rest)
+                accumulate(weight, streams, rows, LANES, at, offset, v, sums_at, 4 * stride, strips)
+                k += streams
+            while k < active:
+                at, v = address_at + 8 * k, value_at + 4 * rows * k
+                accumulate(weight, 1, rows, LANES, at, offset, v, sums_at, 4 * stride, strips)
+                k += 1
+            if rest:
+                for k in range(active):
+                    at, v = address_at + 8 * k, value_at + 4 * rows * k
+                    accumulate(weight, 1, rows, 1, at, behind, v, rest_at, 4 * stride, rest)
+            for r in range(rows):
+                left = first * STRIP
+                _finish(sums[r * stride :], bias[left:], task.bias != 0, y[r * n_out + left :], pairs, strips, rest)
 
     return _compile(columns)
 
@@ -284,16 +311,32 @@ def columns(x: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) -> Te
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    n_in, n_out = weight_t.shape
-    if tau.shape != (n_in,) or tau.dtype is not torch.float32:
-        raise ValueError(f"tau is {tau.dtype} {list(tau.shape)}; float32 [{n_in}] is needed")
-    y, rows, threads = _prepare(x, weight_t, bias, n_in, n_out)
-    if not rows:
-        return y
-    lists = 8 * (n_in + AHEAD) + 4 * n_in * (2 * rows + 1)
-    scratch = _scratch(8 * LINE * threads + lists + 64 + 4 * rows * (n_out + threads * 4 * STRIP))
-    _run(_columns_code(STORAGE[x.dtype], rows), threads, x, weight_t, tau, bias, y, scratch, rows, n_in, n_out)
-    return y
+    return several_columns(x, (weight_t,), (tau,), (bias,))[0]
+
+
+def several_columns(
+    x: Tensor, weights_t: Sequence[Tensor], taus: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Gated products of the same few rows in one parallel region; shapes as in `kernels.op.gated_linears`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+    """
+    n_in = x.shape[-1]
+    rows = x.shape[:-1].numel()
+    threads = _threads_for(n_in * sum([weight_t.shape[1] for weight_t in weights_t]))
+    lists = 8 * LINE * threads + 8 * (n_in + AHEAD) + 4 * n_in * (2 * rows + 1) + 64
+    ys, tasks, scratch = [], [], 0
+    for weight_t, tau, bias in zip(weights_t, taus, biases, strict=True):
+        n_out = weight_t.shape[1]
+        ys.append(_output(x, weight_t, bias, weight_t.shape[0], n_out))
+        if tau.shape != (n_in,) or tau.dtype is not torch.float32:
+            raise ValueError(f"tau is {tau.dtype} {list(tau.shape)}; float32 [{n_in}] is needed")
+        tasks.append(((x, weight_t, tau, bias), ys[-1], scratch, rows, n_in, n_out))
+        scratch += (lists + 4 * rows * (n_out + threads * 4 * STRIP) + 63) // 64 * 64
+    if rows:
+        _run(_columns_code(STORAGE[x.dtype], rows), threads, _scratch(scratch), tasks)
+    return ys
 
 
 def dots(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -303,9 +346,9 @@ def dots(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ValueError: shapes or dtypes do not fit together.
     """
     n_out, n_in = weight.shape
-    y, rows, threads = _prepare(x, weight, bias, n_in, n_out)
-    scratch = _scratch(4 * rows * n_in)
-    _run(_dots_code(STORAGE[x.dtype]), threads, x, weight, None, bias, y, scratch, rows, n_in, n_out)
+    y, rows = _output(x, weight, bias, n_in, n_out), x.shape[:-1].numel()
+    task = (x, weight, None, bias), y, 0, rows, n_in, n_out
+    _run(_dots_code(STORAGE[x.dtype]), _threads_for(n_in * n_out), _scratch(4 * rows * n_in), [task])
     return y
 
 
@@ -313,36 +356,38 @@ def read(memory: Tensor) -> None:
     """Read a contiguous tensor once with all threads."""
     threads = torch.get_num_threads()
     sums = torch.empty(threads, dtype=torch.int64, device="cpu")
-    _run(_read_code(), threads, None, memory, None, None, sums, 0, 0, memory.nbytes // 8, 0)
+    _run(_read_code(), threads, 0, [((None, memory, None, None), sums, 0, 0, memory.nbytes // 8, 0)])
 
 
-def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None, n_in: int, n_out: int) -> tuple[Tensor, int, int]:
-    """Output memory, rows and threads of a call, its shapes checked: the machine code trusts them."""
+def _threads_for(weights: int) -> int:
+    return min(torch.get_num_threads(), 1 + weights // GRAIN)
+
+
+def _output(x: Tensor, weight: Tensor, bias: Tensor | None, n_in: int, n_out: int) -> Tensor:
+    """Output memory of a call, its shapes checked: the machine code trusts them."""
     if x.shape[-1] != n_in or x.dtype is not weight.dtype:
         raise ValueError(f"x is {x.dtype} {list(x.shape)}; {weight.dtype} with {n_in} last is needed")
     if bias is not None and (bias.shape != (n_out,) or bias.dtype is not weight.dtype):
         raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}; {weight.dtype} [{n_out}] is needed")
-    threads = min(torch.get_num_threads(), 1 + n_in * n_out // GRAIN)
-    return x.new_empty((*x.shape[:-1], n_out)), x.shape[:-1].numel(), threads
+    return x.new_empty((*x.shape[:-1], n_out))
 
 
-def _run(
-    code: int,
-    threads: int,
-    x: Tensor | None,
-    weight: Tensor,
-    tau: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor,
-    scratch: int,
-    rows: int,
-    n_in: int,
-    n_out: int,
-) -> None:
-    # The copies of what is not contiguous live until the call ends.
-    tensors = [t if t is None or t.is_contiguous() else t.contiguous() for t in (x, weight, tau, bias)]
-    addresses = [0 if t is None else t.data_ptr() for t in tensors]
-    _parallel(code, _pack(*addresses, y.data_ptr(), scratch, rows, n_in, n_out), threads, 0)
+# x, weight, tau and bias of a product; its y, offset in the scratch memory, rows, n_in and n_out
+Task = tuple[tuple[Tensor | None, ...], Tensor, int, int, int, int]
+
+
+def _run(code: int, threads: int, scratch: int, tasks: Sequence[Task]) -> None:
+    """Enter a parallel region in which every thread runs the code on all tasks."""
+    numbers: list[int] = []
+    copies = []  # of what is not contiguous; they live until the call ends
+    for tensors, y, offset, *sizes in tasks:
+        for tensor in tensors:
+            if tensor is not None and not tensor.is_contiguous():
+                tensor = tensor.contiguous()
+                copies.append(tensor)
+            numbers.append(0 if tensor is None else tensor.data_ptr())
+        numbers += y.data_ptr(), scratch + offset, *sizes, len(tasks)
+    _parallel(code, struct.pack(f"{len(numbers)}q", *numbers), threads, 0)
 
 
 def _scratch(nbytes: int) -> int:
