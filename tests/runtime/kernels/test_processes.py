@@ -5,6 +5,7 @@ import os
 import pytest
 
 from support.processes import python
+from wina_convert.runtime.kernels import machine
 
 pytestmark = pytest.mark.slow
 
@@ -111,8 +112,9 @@ assert all("numba" in str(warning.message) for warning in caught)
 """
 
 
-def test_without_numba_results_are_right_and_a_warning_says_that_they_come_slowly():
-    python("import sys\nsys.modules['numba'] = None\n" + PROBLEMS.replace(", streaming", "") + WITHOUT)
+def test_without_numba_results_are_right_and_a_warning_says_that_they_come_slowly(tmp_path):
+    code = "import sys\nsys.modules['numba'] = None\n" + PROBLEMS.replace(", streaming", "") + WITHOUT
+    python(code, XDG_CACHE_HOME=str(tmp_path))
 
 
 def test_importing_the_package_and_the_loader_does_not_import_the_compiler():
@@ -120,18 +122,41 @@ def test_importing_the_package_and_the_loader_does_not_import_the_compiler():
     assert python(code + "print({'numba', 'llvmlite'} & set(sys.modules))")[0] == "set()\n"
 
 
-def test_what_one_process_compiled_the_next_one_reads_from_the_disk(tmp_path):
-    code = "import logging\nlogging.basicConfig(format='%(message)s', level=logging.INFO)\n"
-    code += PROBLEMS + "both(*problem(1, 3, 5, torch.float32))\nprint(sum(c._cache_hits for c in streaming._kept))"
-    first, said = python(code, NUMBA_CACHE_DIR=str(tmp_path))
-    assert first == "0\n"
-    assert [line.split(" in ")[0] for line in said.splitlines() if "CPU kernel" in line] == [
+KEPT = (
+    "import logging\nlogging.basicConfig(format='%(message)s', level=logging.INFO)\n"
+    + PROBLEMS
+    + "both(*problem(1, 3, 5, torch.float32))\nprint('numba' in sys.modules)"
+)
+
+
+def said_and_kept(folder, **env):
+    """What a process says of compiling, whether it has imported numba, and the files that it leaves."""
+    imported, said = python(KEPT, XDG_CACHE_HOME=str(folder), NUMBA_CACHE_DIR=str(folder), **env)
+    lines = [line.split(":")[0].split(" in ")[0] for line in said.splitlines() if "CPU kernel" in line]
+    files = {file: file.read_bytes() for file in folder.rglob("*") if file.suffix in (".o", ".nbc")}
+    return lines, imported.strip() == "True", files
+
+
+def test_what_one_process_compiled_the_next_one_reads_from_the_disk_without_the_compiler(tmp_path):
+    said, imported, files = said_and_kept(tmp_path)
+    assert said == [
+        "compiling the CPU kernel 'columns' for float32",
         "compiled the CPU kernel 'columns'",
+        "compiling the CPU kernel 'dots' for float32",
         "compiled the CPU kernel 'dots'",
     ]
-    compiled = {file: file.read_bytes() for file in tmp_path.rglob("*.nbc")}
-    assert len(compiled) == 2
-    again, said = python(code, NUMBA_CACHE_DIR=str(tmp_path))
-    assert again == "2\n"
-    assert "CPU kernel" not in said
-    assert {file: file.read_bytes() for file in tmp_path.rglob("*.nbc")} == compiled
+    assert imported
+    assert len(files) == 2
+    assert said_and_kept(tmp_path) == ([], not machine.PLACEABLE, files)
+
+
+@pytest.mark.skipif(not machine.PLACEABLE, reason="numba keeps the code here")
+def test_what_is_damaged_or_for_other_options_is_compiled_again(tmp_path):
+    _, _, files = said_and_kept(tmp_path)
+    damaged = min(files)
+    damaged.write_bytes(files[damaged][:-1])
+    said, _, again = said_and_kept(tmp_path)
+    assert said == ["compiling the CPU kernel 'columns' for float32", "compiled the CPU kernel 'columns'"]
+    assert said_and_kept(tmp_path) == ([], False, again)
+    assert set(again) == set(files)
+    assert len(said_and_kept(tmp_path, NUMBA_CPU_FEATURES="", NUMBA_CPU_NAME="generic")[2]) == 4

@@ -2,7 +2,6 @@
 
 from unittest import mock
 
-import numba
 import pytest
 import torch
 from hypothesis import given, settings
@@ -270,19 +269,3 @@ def test_reading_memory_reads_all_of_it_with_all_threads(threads, requested, mon
     assert len(sums[0]) == threads
     assert torch.equal(sums[0].sum(), memory.sum())
     assert torch.equal(memory, before)
-
-
-def test_code_that_no_folder_can_hold_is_compiled_for_this_process(monkeypatch):
-    compile = numba.cfunc
-
-    def cfunc(signature: object, cache: bool = False, **options: object) -> object:
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return compile(signature, **options)
-
-    monkeypatch.setattr(numba, "cfunc", cfunc)
-    address = streaming._dots_code.__wrapped__(streaming.STORAGE[torch.float32])
-    assert address != streaming._dots_code(streaming.STORAGE[torch.float32])
-    monkeypatch.setattr(streaming, "_dots_code", lambda storage: address)
-    arguments = problem(8, (2,), 33, 17, torch.float32)
-    check("dots", call("dots", *arguments), *arguments)
