@@ -16,7 +16,6 @@ from support.folders import bias_of, tensors_of, write_biases
 from support.loaded import PROMPT, equal, greedy, logits
 from wina_convert.errors import CheckpointError, VerificationError
 from wina_convert.format.manifest import write_manifest
-from wina_convert.runtime import linear
 from wina_convert.runtime.linear import WinaLinear, gated_modules
 from wina_convert.verbs.retarget import retarget
 from wina_convert.verbs.verify import verify_folder
@@ -129,8 +128,7 @@ def test_they_stay_exact_when_the_module_is_cast(dtype: torch.dtype):
     torch.testing.assert_close(gate.shifted.double(), added(gate, 0.5), rtol=0.01, atol=0.01)
 
 
-def test_siblings_in_one_launch_add_their_own(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(linear, "TOGETHER", ("cpu",))
+def test_siblings_in_one_call_add_their_own():
     first, second, x = make(), make(bias=False), inputs(2, 24)
     for gate in (first, second):
         gate.set_sparsity(0.5)

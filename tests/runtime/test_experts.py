@@ -109,7 +109,6 @@ def test_gate_and_up_of_an_expert_are_one_launch(folders: tuple[Path, Path], mon
     model = load(str(folders[1]))
     monkeypatch.setenv(SWITCH, "0")
     apart = load(str(folders[1]))
-    monkeypatch.setattr(linear, "TOGETHER", ("cpu",))
     groups: list[int] = []
     together = linear.gated_linears
 

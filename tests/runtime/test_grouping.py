@@ -1,4 +1,4 @@
-"""Projections that read the same input, computed together. On a CPU they are not: here they are made to be."""
+"""Projections that read the same input, computed together."""
 
 import copy
 import threading
@@ -16,11 +16,6 @@ from wina_convert.runtime.grouping import SWITCH, group
 from wina_convert.runtime.linear import gated_modules
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _together_on_a_cpu_too(monkeypatch):
-    monkeypatch.setattr(linear, "TOGETHER", ("cpu",))
 
 
 @pytest.fixture

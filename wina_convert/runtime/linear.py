@@ -14,7 +14,7 @@ from .kernels import dense_linear, gated_linear, gated_linears, refuse_graph
 from .rule import cutoffs
 
 EXACT = (COLUMN_NORMS, THRESHOLDS, BIASES, "tau")  # stay float32 when the model is cast
-TOGETHER = ("cuda",)  # devices on which several products of the same x cost less in one launch
+TOGETHER = ("cpu", "cuda")  # devices on which several products of the same x cost less in one call
 
 
 class Handover:

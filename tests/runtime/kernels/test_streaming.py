@@ -1,16 +1,13 @@
-"""The compiled kernels for a few rows on a CPU: sums, rounding, threads, processes and the cache on disk."""
+"""The compiled kernels for a few rows on a CPU: sums, rounding and threads."""
 
-import os
 from unittest import mock
 
-import numba
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from support.processes import python
 from support.products import DTYPES, problem
 from wina_convert.runtime.kernels import streaming
 
@@ -112,6 +109,31 @@ def test_the_number_of_threads_changes_no_bit(dtype, monkeypatch):
         for threads in (2, 3, 7):
             torch.set_num_threads(threads)
             assert torch.equal(streaming.columns(*arguments), expected)
+
+
+@every_dtype
+@every_thread_count
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_products_of_the_same_x_in_one_call_have_the_bits_that_each_has_alone(rows, threads, dtype, requested):
+    torch.set_num_threads(threads)
+    x, weight_t, _, bias = problem(10, (rows,), 300, 1333, dtype)
+    taus = [quantile * torch.rand(300, generator=torch.Generator().manual_seed(rows)) for quantile in (-1, 1, 2, 9e9)]
+    weights_t = [weight_t, weight_t[:, :65].contiguous(), weight_t[:, 5:].t().contiguous().t(), weight_t[:, :1]]
+    biases = [None, bias[:65], bias[5:], bias[:1]]
+    alone = [streaming.columns(x, *one) for one in zip(weights_t, taus, biases, strict=True)]
+    requested.clear()
+    together = streaming.several_columns(x, weights_t, taus, biases)
+    assert requested == [threads]
+    assert all(map(torch.equal, together, alone))
+    check("columns", together[0], x, weights_t[0], taus[0], biases[0])
+
+
+@every_dtype
+def test_one_product_of_several_that_does_not_fit_is_refused(dtype):
+    x, weight_t, tau, bias = problem(11, (2,), 6, 4, dtype)
+    for wrong in ((weight_t[:5], tau, bias), (weight_t, tau[:5], bias), (weight_t, tau, bias[:3])):
+        with pytest.raises(ValueError, match="is needed"):
+            streaming.several_columns(x, *zip((weight_t, tau, bias), wrong, strict=True))
 
 
 @kernels
@@ -238,7 +260,7 @@ def test_a_large_weight_takes_the_threads_of_torch_and_a_small_one_takes_one(req
 @every_thread_count
 def test_reading_memory_reads_all_of_it_with_all_threads(threads, requested, monkeypatch):
     sums, run = [], streaming._run
-    monkeypatch.setattr(streaming, "_run", lambda *arguments: (run(*arguments), sums.append(arguments[6])))
+    monkeypatch.setattr(streaming, "_run", lambda *arguments: (run(*arguments), sums.append(arguments[3][0][1])))
     torch.set_num_threads(threads)
     memory = torch.randint(-(2**62), 2**62, (4 * 42 * 100,), generator=torch.Generator().manual_seed(7))
     before = memory.clone()
@@ -247,154 +269,3 @@ def test_reading_memory_reads_all_of_it_with_all_threads(threads, requested, mon
     assert len(sums[0]) == threads
     assert torch.equal(sums[0].sum(), memory.sum())
     assert torch.equal(memory, before)
-
-
-def test_code_that_no_folder_can_hold_is_compiled_for_this_process(monkeypatch):
-    compile = numba.cfunc
-
-    def cfunc(signature: object, cache: bool = False, **options: object) -> object:
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return compile(signature, **options)
-
-    monkeypatch.setattr(numba, "cfunc", cfunc)
-    address = streaming._dots_code.__wrapped__(streaming.STORAGE[torch.float32])
-    assert address != streaming._dots_code(streaming.STORAGE[torch.float32])
-    monkeypatch.setattr(streaming, "_dots_code", lambda storage: address)
-    arguments = problem(8, (2,), 33, 17, torch.float32)
-    check("dots", call("dots", *arguments), *arguments)
-
-
-PROBLEMS = """
-import os, signal, sys, threading, warnings
-import torch
-from wina_convert.runtime.kernels import cpu, dense_linear, gated_linear, streaming
-
-def problem(rows, n_in, n_out, dtype):
-    generator = torch.Generator().manual_seed(rows)
-    x, weight_t, tau = (torch.randn(s, generator=generator) for s in ((rows, n_in), (n_in, n_out), (n_in,)))
-    return x.to(dtype), weight_t.to(dtype), tau.abs()
-
-def both(x, weight_t, tau):
-    return gated_linear(x, weight_t, tau, None), dense_linear(x, weight_t.t().contiguous(), None)
-
-def exact(x, weight_t, tau):
-    return x.double() * (x.double().abs() > tau) @ weight_t.double(), x.double() @ weight_t.double()
-
-def same(found, expected):
-    return all(map(torch.equal, found, expected))
-"""
-
-CONCURRENT = """
-sizes = [(1, 400, 700), (2, 700, 400), (5, 130, 1300), (8, 600, 100)]
-problems = [problem(*size, dtype) for size, dtype in zip(sizes, [torch.float32, torch.bfloat16] * 2)]
-torch.set_num_threads(2)
-expected = [both(*one) for one in problems]
-wrong, done = [], []
-
-def work(me):
-    for i in range(400):
-        choice = (me + i) % 4
-        if not same(both(*problems[choice]), expected[choice]):
-            wrong.append((me, i))
-    done.append(torch.get_num_threads())
-
-workers = [threading.Thread(target=work, args=(me,)) for me in range(4)]
-for worker in workers:
-    worker.start()
-for worker in workers:
-    worker.join()
-assert not wrong, wrong[:5]
-assert done == [2] * 4, done
-"""
-
-
-@pytest.mark.slow
-def test_python_threads_that_call_at_once_get_what_each_gets_alone():
-    python(PROBLEMS + CONCURRENT)
-
-
-FORK = """
-one_problem = problem(2, 400, 700, torch.bfloat16)
-torch.set_num_threads(1)
-alone = both(*one_problem)
-torch.set_num_threads(2)
-expected = both(*one_problem)
-warnings.simplefilter("ignore")  # some Pythons warn of any fork beside threads
-if not (child := os.fork()):
-    signal.alarm(60)  # ends it, should it wait for threads that it has not inherited
-    torch.set_num_threads(1)
-    os._exit(0 if all(same(both(*one_problem), alone) for _ in range(20)) else 3)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-assert all(same(both(*one_problem), expected) for _ in range(20))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-def test_a_forked_child_with_one_thread_computes_as_its_parent_did():
-    python(PROBLEMS + FORK)
-
-
-LIMITED = """
-requested, enter = [], streaming._parallel
-streaming._parallel = lambda *call: (requested.append(call[2]), enter(*call))
-x, weight_t, tau = problem(3, 400, 700, torch.float32)
-both(x, weight_t, tau)
-assert set(requested) == {1}, requested  # of OMP_NUM_THREADS
-torch.set_num_threads(5)
-for found, right in zip(both(x, weight_t, tau), exact(x, weight_t, tau)):
-    torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-4)
-assert set(requested[-2:]) == {5}, requested
-"""
-
-
-@pytest.mark.slow
-def test_the_threads_are_those_of_the_environment_and_fewer_than_asked_for_will_do():
-    python(PROBLEMS + LIMITED, OMP_NUM_THREADS="1", OMP_THREAD_LIMIT="2")
-
-
-WITHOUT = """
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for rows in (1, 3, 8, 20, 1):
-            x, weight_t, tau = problem(rows, 130, 70, dtype)
-            for found, right in zip(both(x, weight_t, tau), exact(x, weight_t, tau)):
-                assert found.dtype == dtype
-                torch.testing.assert_close(found.double(), right, rtol=torch.finfo(dtype).eps, atol=1e-4)
-        assert cpu.compiled(dtype) is None
-assert {warning.category for warning in caught} == {RuntimeWarning}, caught
-assert 1 <= len(caught) <= 3, [str(warning.message) for warning in caught]
-assert all("the compiled CPU kernels do not work here" in str(warning.message) for warning in caught)
-assert all("numba" in str(warning.message) for warning in caught)
-"""
-
-
-@pytest.mark.slow
-def test_without_numba_results_are_right_and_a_warning_says_that_they_come_slowly():
-    python("import sys\nsys.modules['numba'] = None\n" + PROBLEMS.replace(", streaming", "") + WITHOUT)
-
-
-@pytest.mark.slow
-def test_importing_the_package_and_the_loader_does_not_import_the_compiler():
-    code = "import sys, wina_convert, wina_convert.runtime.loader\n"
-    assert python(code + "print({'numba', 'llvmlite'} & set(sys.modules))")[0] == "set()\n"
-
-
-@pytest.mark.slow
-def test_what_one_process_compiled_the_next_one_reads_from_the_disk(tmp_path):
-    code = "import logging\nlogging.basicConfig(format='%(message)s', level=logging.INFO)\n"
-    code += PROBLEMS + "both(*problem(1, 3, 5, torch.float32))\nprint(sum(c._cache_hits for c in streaming._kept))"
-    first, said = python(code, NUMBA_CACHE_DIR=str(tmp_path))
-    assert first == "0\n"
-    assert [line.split(" in ")[0] for line in said.splitlines() if "CPU kernel" in line] == [
-        "compiled the CPU kernel 'columns'",
-        "compiled the CPU kernel 'dots'",
-    ]
-    compiled = {file: file.read_bytes() for file in tmp_path.rglob("*.nbc")}
-    assert len(compiled) == 2
-    again, said = python(code, NUMBA_CACHE_DIR=str(tmp_path))
-    assert again == "2\n"
-    assert "CPU kernel" not in said
-    assert {file: file.read_bytes() for file in tmp_path.rglob("*.nbc")} == compiled

@@ -4,6 +4,7 @@ Where the compiled kernels do not work, torch operations compute the same, more 
 """
 
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,16 @@ def gated_linear(x: Tensor, weight_t: Tensor, tau: Tensor, bias: Tensor | None) 
     with torch.autocast("cpu", enabled=False):
         y = (_bag if few else _widen)(x.reshape(rows, x.shape[-1]), weight_t, tau, bias)
     return y.view(*x.shape[:-1], weight_t.shape[1])
+
+
+def gated_linears(
+    x: Tensor, weights_t: Sequence[Tensor], taus: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Several products of the same x: a few rows in one parallel region; shapes as in `kernels.op.gated_linears`."""
+    if x.shape[:-1].numel() <= FEW_ROWS and (kernels := compiled(x.dtype)):
+        ys: list[Tensor] = kernels.several_columns(x, weights_t, taus, biases)
+        return ys
+    return [gated_linear(x, *others) for others in zip(weights_t, taus, biases, strict=True)]
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

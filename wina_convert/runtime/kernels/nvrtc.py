@@ -6,14 +6,14 @@ No toolkit, compiler or header is needed on the machine, and for compiling alone
 import ctypes
 import hashlib
 import importlib
-import os
-import tempfile
 import threading
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
+
+from . import kept
 
 _lock = threading.Lock()
 
@@ -42,11 +42,11 @@ def compiled(source: str, arch: int, macros: dict[str, int]) -> bytes:
     target = f"sm_{arch}" if arch in known else f"compute_{max(known)}"
     options = [f"--gpu-architecture={target}", "--std=c++17", *(f"-D{name}={value}" for name, value in macros.items())]
     key = hashlib.sha256("\0".join([source, version(), *options]).encode()).hexdigest()
-    path = folder() / f"{key[:40]}.{'cubin' if arch in known else 'ptx'}"
-    code = _read(path)
+    path = kept.folder("cuda") / f"{key[:40]}.{'cubin' if arch in known else 'ptx'}"
+    code = kept.read(path)
     if code is None:
         code, _ = compile_source(source, options)
-        _write(path, code)
+        kept.write(path, code)
     return code
 
 
@@ -100,37 +100,6 @@ def architectures() -> tuple[int, ...]:
     found = (ctypes.c_int * count.value)()
     _check(_library().nvrtcGetSupportedArchs(found))
     return tuple(sorted(found))
-
-
-def folder() -> Path:
-    """Where compiled code is kept: `wina-convert/cuda` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wina-convert" / "cuda"
-
-
-def _read(path: Path) -> bytes | None:
-    """What `_write` left, if it is whole: the driver crashes on some kinds of damaged code."""
-    try:
-        stored = path.read_bytes()
-    except OSError:
-        return None
-    digest, code = stored[:32], stored[32:]
-    return code if digest == hashlib.sha256(code).digest() else None
-
-
-def _write(path: Path, code: bytes) -> None:
-    """Leave the code for other processes; where nothing can be written each process compiles for itself."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent)  # another process may write the same file at the same time
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(code).digest() + code)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError:
-        pass
 
 
 def _library() -> ctypes.CDLL:

@@ -93,6 +93,7 @@ torch.library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.impl("wina::gated_linears", "default", _one_by_one)
+torch.library.impl("wina::gated_linears", "cpu", cpu.gated_linears)
 torch.library.impl("wina::gated_linears", "cuda", cuda.gated_linears)
 torch.library.register_fake(
     "wina::gated_linears", lambda x, weights_t, taus, biases: [_fake(1)(x, weight_t) for weight_t in weights_t]

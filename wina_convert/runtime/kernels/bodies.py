@@ -1,0 +1,265 @@
+"""What each thread does in a parallel region of the CPU kernels, as numba compiles it. `streaming` says how they work.
+
+Only what compiles imports this: numba takes a hundred megabytes.
+"""
+
+from typing import Any
+
+import llvmlite.binding
+import numba
+import numpy as np
+from numba import carray, types
+
+from .openmp import CALLED, openmp
+from .task import AHEAD, FIELDS, LINE
+from .vectors import LANES, STRIP, accumulate, narrow, pointer, widen
+
+# bfloat16 and float16 are told apart by the sign of the integer that holds their bits.
+STORAGE = {"float32": types.float32, "bfloat16": types.uint16, "float16": types.int16}
+TASK = np.dtype([(name, np.int64) for name in FIELDS])
+_OPTIONS = {"error_model": "numpy", "fastmath": {"contract", "nsz"}}
+_SUM_OPTIONS = {"error_model": "numpy", "fastmath": {"contract", "nsz", "reassoc"}}
+
+_barrier = types.ExternalFunction("wina_GOMP_barrier", types.void())
+_thread = types.ExternalFunction("wina_omp_get_thread_num", types.int32())
+_threads = types.ExternalFunction("wina_omp_get_num_threads", types.int32())
+
+
+@numba.njit(**_OPTIONS)
+def _compact(x, tau, rows, n_in, start, stop, index, value):
+    """List the inputs of [start, stop) that some row keeps, from `index[start]`; their values, 0 where a row drops them."""
+    n = start
+    for j in range(start, stop):
+        kept = False
+        for r in range(rows):
+            v = widen(x[r * n_in + j])
+            keep = not (abs(v) <= tau[j])  # a NaN is kept
+            value[n * rows + r] = v if keep else np.float32(0)
+            kept |= keep
+        index[n] = j
+        n += kept
+    return n - start
+
+
+@numba.njit(**_OPTIONS)
+def _kept_by(counts, threads):
+    """How many inputs the first threads have listed."""
+    kept = 0
+    for t in range(threads):
+        kept += counts[t * LINE]
+    return kept
+
+
+@numba.njit(**_OPTIONS)
+def _gather(task, part_at, index_at, counts, address, value, row_bytes):
+    """Copy what this thread has listed behind what the threads before it have.
+
+    address[k]: of the weights of the k-th; value[k, r]: what row r has there, 0 where it drops the input.
+    """
+    rows, n_in = task.rows, task.n_in
+    me, threads = _thread(), _threads()
+    start, mine = n_in * me // threads, counts[me * LINE]
+    part, index = (
+        carray(pointer(part_at), (rows * n_in,), types.float32),
+        carray(pointer(index_at), (n_in,), types.int32),
+    )
+    before, active = _kept_by(counts, me), _kept_by(counts, threads)
+    for k in range(mine):
+        address[before + k] = task.weight + index[start + k] * row_bytes
+    for i in range(mine * rows):
+        value[before * rows + i] = part[start * rows + i]
+    if me == 0:  # what is fetched ahead of the last ones
+        address[active : active + AHEAD] = task.weight
+
+
+@numba.njit(error_model="numpy")
+def _finish(total, bias, added, y, pairs, strips, rest):
+    """y = total + bias, rounded; `pairs`: in a strip the even columns come before the odd ones."""
+    for s in range(strips):
+        left = s * STRIP
+        for p in range(LANES):
+            first, second = (2 * p, 2 * p + 1) if pairs else (p, LANES + p)
+            # Adding 0 makes a negative zero positive, which is all that a dropped input could have done to a sum.
+            even, odd = total[left + p] + np.float32(0), total[left + LANES + p] + np.float32(0)
+            if added:
+                even, odd = even + widen(bias[left + first]), odd + widen(bias[left + second])
+            y[left + first], y[left + second] = narrow(even, y[0]), narrow(odd, y[0])
+    for o in range(strips * STRIP, strips * STRIP + rest):
+        sum_ = total[o] + np.float32(0)
+        y[o] = narrow(sum_ + widen(bias[o]) if added else sum_, y[0])
+
+
+@numba.njit(**_SUM_OPTIONS)
+def _dot_products(task, x, weight, bias, y, value):
+    """y[r] = bias + weight @ x[r]; in each thread of a region."""
+    rows, n_in, n_out = task.rows, task.n_in, task.n_out
+    me, threads = _thread(), _threads()
+    for i in range(rows * n_in * me // threads, rows * n_in * (me + 1) // threads):
+        value[i] = widen(x[i])
+    _barrier()
+    start, stop = n_out * me // threads, n_out * (me + 1) // threads
+    quarter = (stop - start + 3) // 4
+    for o in range(start, start + quarter):
+        # Four streams; the last may be shorter: then some outputs are computed more than once.
+        o1, o2, o3 = min(o + quarter, stop - 1), min(o + 2 * quarter, stop - 1), min(o + 3 * quarter, stop - 1)
+        w0, w1, w2, w3 = weight[o * n_in :], weight[o1 * n_in :], weight[o2 * n_in :], weight[o3 * n_in :]
+        for r in range(rows):
+            v = value[r * n_in :]
+            s0 = s1 = s2 = s3 = np.float32(0)
+            for j in range(n_in):
+                s0 += v[j] * widen(w0[j])
+                s1 += v[j] * widen(w1[j])
+                s2 += v[j] * widen(w2[j])
+                s3 += v[j] * widen(w3[j])
+            if task.bias:
+                s0, s1, s2, s3 = (
+                    s0 + widen(bias[o]),
+                    s1 + widen(bias[o1]),
+                    s2 + widen(bias[o2]),
+                    s3 + widen(bias[o3]),
+                )
+            y[r * n_out + o3] = narrow(s3, weight[0])
+            y[r * n_out + o2] = narrow(s2, weight[0])
+            y[r * n_out + o1] = narrow(s1, weight[0])
+            y[r * n_out + o] = narrow(s0, weight[0])
+
+
+@numba.njit(**_SUM_OPTIONS)
+def _sum(task, weight, y):
+    """y[thread] = a sum over the thread's part of `weight`, read in four streams: how fast memory can be read at all."""
+    me, threads = _thread(), _threads()
+    quarter = task.n_in // (4 * threads)
+    w0, w1 = weight[4 * me * quarter :], weight[(4 * me + 1) * quarter :]
+    w2, w3 = weight[(4 * me + 2) * quarter :], weight[(4 * me + 3) * quarter :]
+    total = 0
+    for i in range(quarter):
+        total += (w0[i] + w1[i]) + (w2[i] + w3[i])
+    y[me] = total
+
+
+@numba.njit(**_OPTIONS)
+def _lists(task, rows, threads):
+    """Addresses of a task's lists behind the counts: addresses, values, of the threads' parts values and indices, and the end."""
+    address_at = task.scratch + 8 * threads * LINE
+    value_at = address_at + 8 * (task.n_in + AHEAD)
+    part_at = value_at + 4 * rows * task.n_in
+    index_at = part_at + 4 * rows * task.n_in
+    return address_at, value_at, part_at, index_at, (index_at + 4 * task.n_in + 63) // 64 * 64
+
+
+def _columns(storage: Any, rows: int) -> Any:
+    streams = 12 if rows == 1 else 8  # rows of the weight that are read side by side
+    size, pairs = storage.bitwidth // 8, storage == types.uint16
+
+    def columns(given):
+        count = carray(given, (1,))[0].count
+        tasks, me, threads = carray(given, (count,)), _thread(), _threads()
+        for number in range(count):
+            task = tasks[number]
+            n_in = task.n_in
+            start, stop = n_in * me // threads, n_in * (me + 1) // threads
+            _, _, part_at, index_at, _ = _lists(task, rows, threads)
+            counts = carray(pointer(task.scratch), (threads * LINE,), types.int64)
+            x = carray(pointer(task.x), (rows * n_in,), storage)
+            tau = carray(pointer(task.tau), (n_in,), types.float32)
+            index = carray(pointer(index_at), (n_in,), types.int32)
+            part = carray(pointer(part_at), (rows * n_in,), types.float32)
+            counts[me * LINE] = _compact(x, tau, rows, n_in, start, stop, index, part)
+        _barrier()
+        for number in range(count):
+            task = tasks[number]
+            address_at, value_at, part_at, index_at, _ = _lists(task, rows, threads)
+            _gather(
+                task,
+                part_at,
+                index_at,
+                carray(pointer(task.scratch), (threads * LINE,), types.int64),
+                carray(pointer(address_at), (task.n_in + AHEAD,), types.int64),
+                carray(pointer(value_at), (rows * task.n_in,), types.float32),
+                task.n_out * size,
+            )
+        _barrier()
+        for number in range(count):
+            task = tasks[number]
+            n_out, active = task.n_out, _kept_by(carray(pointer(task.scratch), (threads * LINE,), types.int64), threads)
+            address_at, value_at, _, _, sums_at = _lists(task, rows, threads)
+            stride = n_out // threads // LINE * LINE + 4 * STRIP
+            sums_at += 4 * me * rows * stride
+            weight = carray(pointer(task.weight), (task.n_in * n_out,), storage)
+            bias = carray(pointer(task.bias), (n_out,), storage)
+            y = carray(pointer(task.y), (rows * n_out,), storage)
+            sums = carray(pointer(sums_at), (rows * stride,), types.float32)
+            # The threads share the strips; the last one takes the columns behind them as well.
+            first = n_out // STRIP * me // threads
+            strips = n_out // STRIP * (me + 1) // threads - first
+            rest = n_out % STRIP if me == threads - 1 else 0
+            offset, behind = first * STRIP * size, (first + strips) * STRIP * size
+            rest_at = sums_at + 4 * strips * STRIP
+            sums[:] = 0
+            k = 0
+            while k + streams <= active:
+                at, v = address_at + 8 * k, value_at + 4 * rows * k
+                accumulate(weight, streams, rows, LANES, at, offset, v, sums_at, 4 * stride, strips)
+                k += streams
+            while k < active:
+                at, v = address_at + 8 * k, value_at + 4 * rows * k
+                accumulate(weight, 1, rows, LANES, at, offset, v, sums_at, 4 * stride, strips)
+                k += 1
+            if rest:
+                for k in range(active):
+                    at, v = address_at + 8 * k, value_at + 4 * rows * k
+                    accumulate(weight, 1, rows, 1, at, behind, v, rest_at, 4 * stride, rest)
+            for r in range(rows):
+                left = first * STRIP
+                _finish(sums[r * stride :], bias[left:], task.bias != 0, y[r * n_out + left :], pairs, strips, rest)
+
+    return columns
+
+
+def _dots(storage: Any, rows: int) -> Any:
+    def dots(given):
+        task = carray(given, (1,))[0]
+        rows, n_in, n_out = task.rows, task.n_in, task.n_out
+        _dot_products(
+            task,
+            carray(pointer(task.x), (rows * n_in,), storage),
+            carray(pointer(task.weight), (n_in * n_out,), storage),
+            carray(pointer(task.bias), (n_out,), storage),
+            carray(pointer(task.y), (rows * n_out,), storage),
+            carray(pointer(task.scratch), (rows * n_in,), types.float32),
+        )
+
+    return dots
+
+
+def _read(storage: Any, rows: int) -> Any:
+    def read(given):
+        task = carray(given, (1,))[0]
+        weight = carray(pointer(task.weight), (task.n_in,), types.int64)
+        _sum(task, weight, carray(pointer(task.y), (_threads(),), types.int64))
+
+    return read
+
+
+KERNELS = {"columns": _columns, "dots": _dots, "read": _read}
+_SIGNATURE = types.void(types.CPointer(numba.from_dtype(TASK)))
+
+
+def compiled(kernel: str, dtype: str, rows: int, keep: bool) -> Any:
+    """numba's object of a kernel: with its `address`, for as long as it lives.
+
+    Args:
+        kernel: of `KERNELS`.
+        dtype: of `STORAGE`.
+        rows: of x, a constant of the code; 0 where the kernel takes any number.
+        keep: let numba keep the code on the disk and read it from there.
+    """
+    for name in CALLED:
+        llvmlite.binding.add_symbol(f"wina_{name}", openmp()[name])
+    body = KERNELS[kernel](STORAGE[dtype], rows)
+    if keep:
+        try:
+            return numba.cfunc(_SIGNATURE, cache=True, **_OPTIONS)(body)
+        except RuntimeError:  # no folder to cache in can be written
+            pass
+    return numba.cfunc(_SIGNATURE, **_OPTIONS)(body)

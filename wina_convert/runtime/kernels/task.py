@@ -1,0 +1,7 @@
+"""What a call tells the compiled CPU kernels: where things are and how large, and how its scratch memory is divided."""
+
+# Addresses and sizes of a product, and how many products the call has: int64 each.
+FIELDS = ("x", "weight", "tau", "bias", "y", "scratch", "rows", "n_in", "n_out", "count")
+AHEAD = 16  # rows of the weight that are fetched ahead
+LINE = 16  # float32 in a cache line
+WIDEST = 32  # columns, at most, whose sums are in registers at a time
