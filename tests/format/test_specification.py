@@ -320,7 +320,8 @@ def test_the_text_lists_the_fields_of_the_report(checkpoint: Path) -> None:
     absent = {name for name, since in later.items() if report["versions"]["wina-convert"] < since} | {
         "`tuning`",
         "`experts`",
-    }  # untuned, and no mixture
+        "`head`",
+    }  # untuned, no mixture, and the head dense
     assert [row[0].strip("`") for row in found if row[0] not in absent] == list(report)
     held = {row[0].strip("`"): row[1] for row in found}
     for field in ("versions", "bytes_per_token", "verification"):

@@ -17,7 +17,7 @@ from ..format.names import BIASES, COLUMN_NORMS, THRESHOLDS, WEIGHT_T
 from ..format.staging import Staging
 from ..models.device import choose_device
 from ..models.source import Source, checkpoint_folder, open_source
-from ..models.tensors import taken
+from ..models.tensors import taken, with_own_head
 from ..models.text import read_sequences, sequence_length
 from ..progress import lines
 from ..runtime import install
@@ -26,7 +26,7 @@ from ..runtime.quantization import Gating, WinaConfig
 from .files import checkpoint_config
 from .layers import write_layers
 from .options import ConversionOptions
-from .plan import make_plan
+from .plan import HEAD, make_plan
 from .search import searched
 from .twin_proof import check_twin
 
@@ -84,6 +84,8 @@ def _calibrate(model: nn.Module, source: Source, gating: Gating, asked: WinaConf
         fields["dtype"] = dtype
     options = ConversionOptions(**fields)
     device = choose_device(options.device)
+    if HEAD in options.targets:
+        source = with_own_head(source)
     plan = make_plan(source, options.targets, options.ignore, options.dtype, options.scheme, options.allocation)
     length = sequence_length(source, options.seq_len)
     tokens, _ = read_sequences(source, options.calibration, length, options.samples, options.seed)

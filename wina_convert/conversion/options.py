@@ -80,7 +80,8 @@ class ConversionOptions:
     targets: tuple[str, ...] = _option(
         ("all",),
         REPORT,
-        "What to gate: all, attention, mlp, or patterns such as '*.down_proj'; repeat or separate by commas.",
+        "What to gate: all, attention, mlp (of the decoder layers), head, or patterns such as '*.down_proj'; repeat or separate "
+        "by commas. A head that is tied to the embedding is stored by itself.",
     )
     ignore: tuple[str, ...] = _option((), REPORT, "Patterns to leave dense, such as 'model.layers.0.*'.")
     allow_unused: bool = _option(

@@ -91,12 +91,12 @@ def _convert(
     # Only now, so that what is refused above is refused at once: these import transformers.
     import transformers
 
-    from ..models.tensors import taken
+    from ..models.tensors import taken, with_own_head
     from .card import write_card
-    from .estimate import disk_bytes, experts_report, plan_report, shape_report
+    from .estimate import disk_bytes, experts_report, head_report, plan_report, shape_report
     from .layers import write_layers
     from .loss_limit import sparsity_within, within_report
-    from .plan import make_plan
+    from .plan import HEAD, make_plan
     from .proof import prove
     from .search import carried_shares, searched
     from .tuning import carried_tuning, plan_tuning, tune_source, tuned_plan, tuning_sequences
@@ -107,6 +107,8 @@ def _convert(
     source, unused = taken(found_source, asked.allow_unused)
     if not source.listed:
         check_twin(source, progress)
+    if HEAD in asked.targets:
+        source = with_own_head(source)
     chosen = (asked.targets, asked.ignore, asked.dtype, asked.scheme, asked.allocation)
     plan = make_plan(source, *chosen)  # as it is: what is wrong with source or options is refused before it is turned
     if turn := plan_turn(source, asked.basis, device):
@@ -181,6 +183,7 @@ def _convert(
             "options": used.deciding(REPORT),
             **shape_report(plan, proof.held_out.sparsity),
             "unused": list(unused),
+            **head_report(source, plan),
             **experts_report(plan, few),
             "basis": basis | ({"logits_differ": differs} if turn else {}),
             **extra,

@@ -17,12 +17,13 @@ from ..format.shards import TensorSpec, sentinel
 from ..models.discovery import architecture_of
 from ..models.source import Source
 from ..models.stream import build_skeleton
-from ..models.structure import Projection, find_projections, not_read
+from ..models.structure import Projection, find_head, find_projections, not_read
 from ..models.tensors import check_stored
 from ..runtime.keys import checkpoint_keys
 from .weights import Step, planned_headers, steps_of
 
-PRESETS = ("all", "attention", "mlp")
+PRESETS = ("all", "attention", "mlp", "head")
+HEAD = "head"  # the preset; no pattern means it
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def make_plan(
 
     Args:
         source: the checkpoint.
-        targets: "all", "attention", "mlp", or glob patterns of module names such as `*.down_proj`.
+        targets: "all", "attention", "mlp", or glob patterns of module names such as `*.down_proj`; "head" besides or alone,
+            where the source has a head of its own (`models.tensors.with_own_head`).
         ignore: glob patterns of module names to leave dense, such as `model.layers.0.*`.
         dtype: "auto" (as the source is), "float32", "bfloat16" or "float16".
         scheme: how inputs are scored, a name of SCHEMES.
@@ -109,7 +111,8 @@ def make_plan(
     projections = find_projections(source, family, model, keys, cast)
     if not projections:
         raise SourceError(f"{source.name} has no decoder layer; check its config.json")
-    chosen = _choose(projections, family, targets, ignore)
+    head = [find_head(source, model, keys, cast)] if HEAD in targets else []
+    chosen = _choose([*projections, *head], family, targets, ignore)
     if allocation in SEARCHED and any(one.share < 1 for one in chosen):
         raise OptionError(
             f"allocation {allocation!r} tries every matrix of {source.name} by itself, and it has {len(chosen)}; "
@@ -129,7 +132,9 @@ def make_plan(
     return ConversionPlan(
         projections=chosen,
         scheme=SCHEMES[scheme],
-        budget=ALLOCATIONS[allocation]({projection.name: projection.weights for projection in chosen}, family.prior),
+        budget=ALLOCATIONS[allocation](
+            {one.name: one.weights for one in chosen}, {one.name: 0.5 for one in head} | family.prior
+        ),
         steps=steps,
         tensors=tensors,
         origin=origin,
@@ -162,7 +167,8 @@ def _choose(
 ) -> tuple[Projection, ...]:
     blocks = {"all": (*family.attention, *family.mlp), "attention": family.attention, "mlp": family.mlp}
     patterns = [f"*.{short}" for target in targets for short in blocks.get(target, ())]
-    patterns += [target for target in targets if target not in blocks]
+    patterns += [target for target in targets if target not in PRESETS]
+    patterns += [one.name for one in projections if one.layer is None]
     example = (*family.attention, *family.mlp)[-1]
     for pattern in (*patterns, *ignore):
         if not any(fnmatch.fnmatchcase(projection.name, pattern) for projection in projections):

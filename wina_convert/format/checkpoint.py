@@ -125,9 +125,15 @@ def _check_structure(checkpoint: Checkpoint) -> None:
     config, specs = checkpoint.config, checkpoint.folder.tensors
     places = {name: split_layer(name) for name in config.modules}
     layers = next((place[0] for place in places.values() if place), None)
+    outside = [name for name, place in places.items() if place is None]
+    if len(outside) > 1 or (outside and outside != config.modules[-1:]):
+        raise CheckpointError(
+            f"{checkpoint.folder.path}: config.json gates {outside[0]!r}, which is in no decoder layer; only the last may be, a "
+            "head"
+        )
     for name, key in checkpoint.gated_keys().items():
         place = places[name]
-        if place is None or place[0] != layers:
+        if place is not None and place[0] != layers:
             raise CheckpointError(f"{checkpoint.folder.path}: config.json gates {name!r}, which is in no decoder layer")
         weight_t = specs[f"{key}.{WEIGHT_T}"]
         tables: list[tuple[str, tuple[int, ...]]] = [

@@ -187,8 +187,11 @@ def _differences(checkpoint: Checkpoint, signed: bool) -> tuple[str, ...]:
     try:
         report = json.loads((checkpoint.folder.path / REPORT).read_bytes())
         dtype, unused = str(report["options"]["dtype"]), len(report.get("unused", ()))
+        copied = report.get("head", {}).get("copied_bytes", 0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return (*found, f"{REPORT} cannot be read")
+    if copied:
+        found.append("the head was tied to the embedding and is a tensor of its own")
     if dtype != "auto":
         found.append(f"the conversion stored it in {dtype}")
     if unused:
