@@ -22,7 +22,7 @@ from ..format.staging import check_space, check_target, staged
 from ..models.device import choose_device
 from ..models.seen import SEEN, record
 from ..models.source import Source, open_source
-from ..models.text import read_sequences, sequence_length
+from ..models.text import read_apart, read_sequences, sequence_length
 from ..pictures import check_available
 from ..progress import Progress, silent
 from . import plot as pictures
@@ -121,10 +121,13 @@ def _convert(
     at_a_time = 1 if device.type == "cpu" else asked.batch_size
 
     for_basis = basis_sequences(asked.samples, length) if turn else 0
-    wanted = asked.samples + max(for_basis, tuning_sequences(length) if tuning else 0)
-    seen, held_out = read_sequences(source, asked.calibration, length, wanted, asked.seed)
-    tokens, rest = seen[: asked.samples], seen[asked.samples :]
-    # Scores are smaller on text that a basis was fitted to: thresholds from there would skip less elsewhere.
+    others = max(for_basis, tuning_sequences(length) if tuning else 0)
+    if turn:
+        tokens, rest, held_out = read_apart(source, asked.calibration, length, asked.samples, others, asked.seed)
+        seen = torch.cat([tokens, rest])
+    else:
+        seen, held_out = read_sequences(source, asked.calibration, length, asked.samples + others, asked.seed)
+        tokens, rest = seen[: asked.samples], seen[asked.samples :]
     shown = rest[:for_basis] if len(rest) >= len(tokens) else seen
     text = text_name(asked.calibration)
     check_space(Path(out), disk_bytes(source, plan, turn, tuning, asked.sparsity, len(tokens), length))
