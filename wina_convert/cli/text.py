@@ -99,7 +99,9 @@ def span(kind: str, values: Mapping[str, float], form: str) -> str:
 
 def calibration_text(found: dict[str, Any]) -> str:
     """A line on the text; what was asked of it and it does not hold is said."""
-    less = f", fewer than the {found['asked']} asked for: it holds no more" if found["samples"] < found["asked"] else ""
+    less = (
+        f", fewer than the {found['asked']} asked for: the text is short" if found["samples"] < found["asked"] else ""
+    )
     return printable(
         f"  calibration   {found['samples']} sequences of {found['seq_len']} tokens of {found['text']}{less}"
     )

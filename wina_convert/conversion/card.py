@@ -182,7 +182,7 @@ def write_card(folder: Path, source: Source, report: dict[str, Any], pictures: M
         layers=report["layers"],
         targets=", ".join(options["targets"]),
         samples=calibration["samples"],
-        fewer=f" {options['samples']} were asked for; the text holds no more." if fewer else "",
+        fewer=f" {options['samples']} were asked for; the text is short." if fewer else "",
         pooled=_pooled(report.get("experts")),
         seed=calibration["seed"],
         revision=f" --revision {source.revision}" if on_hub else "",

@@ -12,6 +12,7 @@ from ..fitting.budget import ALLOCATIONS, SEARCHED, Budget
 from ..fitting.schemes import SCHEMES, Scheme
 from ..format.dtypes import compute_dtype
 from ..format.experts import shares
+from ..format.low_rank import low_rank_bytes
 from ..format.names import WEIGHT, split_layer
 from ..format.shards import TensorSpec, sentinel
 from ..models.discovery import architecture_of
@@ -74,8 +75,11 @@ class ConversionPlan:
         return sum(spec.nbytes for spec in self.tensors)
 
     def bytes_per_token(self, sparsity: float) -> int:
-        """Bytes of weights and cutoffs that a token reads at this sparsity."""
+        """Bytes of weights, cutoffs and low-rank terms that a token reads at this sparsity."""
         gated = sum(one.bytes_per_token(self.budget.asked(one.name, sparsity)) for one in self.projections)
+        if sparsity > 0:
+            specs = {spec.name: spec for spec in self.tensors}
+            gated += sum(one.share * low_rank_bytes(specs, one.key) for one in self.projections)
         return round(self.dense_bytes_per_token - sum(one.share * one.nbytes for one in self.projections) + gated)
 
 

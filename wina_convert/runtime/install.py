@@ -119,6 +119,7 @@ def _gate_like(plain: Any, config: WinaConfig, device: torch.device) -> WinaLine
         device,
         config.biases,
         Conv1D if isinstance(plain, Conv1D) else nn.Linear,
+        config.low_rank,
     )
 
 

@@ -10,6 +10,7 @@ from ..fitting.budget import Budget, budget_of, kind_of
 from ..format.checkpoint import open_checkpoint
 from ..format.curve import threshold_at
 from ..format.experts import shares, split_expert
+from ..format.low_rank import low_rank_bytes
 from ..format.names import REPORT, WEIGHT_T, split_layer
 from ..format.shards import TensorSpec
 from ..runtime.rule import bytes_read, overall
@@ -24,8 +25,8 @@ class LayerSummary:
         nbytes: bytes of its gated weights.
         thresholds: at the default sparsity, by projection.
         achieved: fraction skipped on held-out text at conversion; None where there is no report for it.
-        bytes_per_token: bytes of gated weights and cutoffs that a token reads at the default sparsity; of experts, as many as
-            it is given.
+        bytes_per_token: bytes of gated weights, cutoffs and low-rank terms that a token reads at the default sparsity; of
+            experts, as many as it is given.
     """
 
     layer: int | None
@@ -101,7 +102,11 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
                 achieved=overall(seen, met) if seen else None,
                 bytes_per_token=round(
                     sum(
-                        every[name] * bytes_read(spec.nbytes, spec.shape[0], budget.asked(name, sparsity))
+                        every[name]
+                        * (
+                            bytes_read(spec.nbytes, spec.shape[0], budget.asked(name, sparsity))
+                            + (low_rank_bytes(specs, keys[name]) if sparsity > 0 else 0)
+                        )
                         for name, spec in weights.items()
                     )
                 ),
