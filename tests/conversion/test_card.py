@@ -79,7 +79,7 @@ def test_a_card_and_the_terminal_say_that_the_text_holds_less_than_was_asked_for
     said = f"{samples} sequences of 32 tokens of short.txt, fewer than the 999 asked for"
     assert said in result.stdout
     assert said in run(source, "--out", tmp_path / "other", *options, "--dry-run").stdout
-    assert "999 were asked for; the text holds no more." in (tmp_path / "out" / "README.md").read_text()
+    assert "999 were asked for; the text is short." in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.slow

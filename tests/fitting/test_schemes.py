@@ -30,6 +30,7 @@ def reference(weight_t: Tensor, scheme: str, name: str) -> Tensor:
         "wina-paper": norms if name == KEY else ones,
         "teal": ones,
         "was": size.sum(1),
+        "r-sparse": norms,
     }[scheme]
 
 
@@ -78,7 +79,7 @@ def test_the_paper_weights_one_matrix_of_each_block_of_every_family(family: str)
     assert [sum(found[short] == 6 for short in block) for block in (facts.attention, facts.mlp)] == [1, 1]
 
 
-@pytest.mark.parametrize("scheme", ["nosuch", "", "WINA", "wina_paper", "r-sparse"])
+@pytest.mark.parametrize("scheme", ["nosuch", "", "WINA", "wina_paper", "r_sparse"])
 def test_a_scheme_that_is_not_known_is_refused(scheme: str):
     with pytest.raises(CheckpointError, match=f"scheme in config.json is {scheme!r}, which this version does not know"):
         scheme_of(scheme)

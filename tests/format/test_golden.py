@@ -1,4 +1,4 @@
-"""Golden checkpoints: what was written in format version 1 loads, computes and verifies as it did then."""
+"""Golden checkpoints: what was written in each format version loads, computes and verifies as it did then."""
 
 import json
 import shutil
@@ -22,11 +22,17 @@ from wina_convert.verbs.inspect import inspect_checkpoint
 from wina_convert.verbs.retarget import retarget
 from wina_convert.verbs.verify import verify_folder
 
-GOLDEN = TESTS / "golden" / "v1"
+GOLDEN = TESTS / "golden"
+LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+GPT2 = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 PROJECTIONS = {
-    "llama-bfloat16-tied": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "gpt2-float32": ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
+    "llama-bfloat16-tied": LLAMA,
+    "gpt2-float32": GPT2,
+    "llama-bfloat16-tuned": LLAMA,
+    "gpt2-float32-sparse": [*GPT2, "lm_head"],
 }
+VERSION_1 = {"llama-bfloat16-tied": "wina", "gpt2-float32": "wina"}  # with the scheme
+VERSION_2 = {"llama-bfloat16-tuned": "learned", "gpt2-float32-sparse": "r-sparse"}
 SPARSITIES = {"0": 0.0, "default": None, "0.8": 0.8}
 NAMES = pytest.mark.parametrize("name", PROJECTIONS)
 
@@ -35,8 +41,12 @@ def stored_dtype(name: str) -> str:
     return name.split("-")[1]
 
 
+def place(name: str) -> Path:
+    return GOLDEN / ("v1" if name in VERSION_1 else "v2") / name
+
+
 def expected(name: str) -> dict[str, Tensor]:
-    return load_file(GOLDEN / f"{name}.expected.safetensors")
+    return load_file(place(name).with_name(f"{name}.expected.safetensors"))
 
 
 def logits(model: torch.nn.Module, tokens: Tensor) -> Tensor:
@@ -63,20 +73,38 @@ def check_logits(found: Tensor, wanted: Tensor, dtype: str, sparsity: str) -> No
 @pytest.fixture(params=PROJECTIONS)
 def copied(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A golden checkpoint to change."""
-    return Path(shutil.copytree(GOLDEN / request.param, tmp_path / request.param))
+    return Path(shutil.copytree(place(request.param), tmp_path / request.param))
 
 
 def test_the_golden_checkpoints_are_all_there():
-    assert {path.name for path in GOLDEN.iterdir()} == {
-        file for name in PROJECTIONS for file in (name, f"{name}.expected.safetensors")
-    }
+    for version, names in (("v1", VERSION_1), ("v2", VERSION_2)):
+        files = {file for name in names for file in (name, f"{name}.expected.safetensors")}
+        assert {path.name for path in (GOLDEN / version).iterdir()} == files
     for name in PROJECTIONS:
-        stored = config_of(GOLDEN / name)["quantization_config"]
-        assert stored["format_version"] == 1
+        stored = config_of(place(name))["quantization_config"]
+        assert stored["format_version"] == (1 if name in VERSION_1 else 2)
         assert stored["sparsity"] == 0.5
-        gated = {tensor.dtype for key, tensor in tensors_of(GOLDEN / name).items() if key.endswith(".weight_t")}
+        gated = {tensor.dtype for key, tensor in tensors_of(place(name)).items() if key.endswith(".weight_t")}
         assert gated == {getattr(torch, stored_dtype(name))}
-        assert sum(path.stat().st_size for path in (GOLDEN / name).rglob("*")) < 60_000
+        assert sum(path.stat().st_size for path in place(name).rglob("*")) < 80_000
+
+
+def test_the_checkpoints_of_version_2_have_what_is_new_in_it():
+    tuned, sparse = (config_of(place(name))["quantization_config"] for name in VERSION_2)
+    assert (tuned["basis"]["kind"], tuned["biases"], tuned["scheme"], len(tuned["shares"])) == (
+        "fitted",
+        True,
+        "learned",
+        14,
+    )
+    tensors = tensors_of(place("llama-bfloat16-tuned"))
+    for name in tuned["modules"]:
+        assert tensors[f"{name}.biases"][1:].any()
+        norms = tensors[f"{name}.weight_t"].float().norm(dim=1)
+        assert not torch.allclose(tensors[f"{name}.column_norms"], norms, rtol=1e-3)
+    assert (sparse["low_rank"], sparse["scheme"], sparse["modules"][-1]) == (0.05, "r-sparse", "lm_head")
+    factors = {name for name in tensors_of(place("gpt2-float32-sparse")) if ".low_rank_" in name}
+    assert factors == {f"{name}.low_rank_{end}" for name in sparse["modules"] for end in ("in", "out")}
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
@@ -88,8 +116,8 @@ def test_a_golden_checkpoint_gives_its_logits_by_every_door(name: str, sparsity:
     for dtype in {stored_dtype(name), "float32"}:
         options = {} if dtype == stored_dtype(name) else {"dtype": dtype}  # the stored one needs no word
         wanted = stored[f"logits.{dtype}.{sparsity}"]
-        loaded = load(str(GOLDEN / name), sparsity=asked, **options)
-        plain = AutoModelForCausalLM.from_pretrained(GOLDEN / name, **chosen, **options)
+        loaded = load(str(place(name)), sparsity=asked, **options)
+        plain = AutoModelForCausalLM.from_pretrained(place(name), **chosen, **options)
         assert loaded.dtype == plain.dtype == getattr(torch, dtype)
         check_logits(logits(loaded, tokens), wanted, dtype, sparsity)
         check_logits(logits(plain, tokens), wanted, dtype, sparsity)
@@ -98,7 +126,7 @@ def test_a_golden_checkpoint_gives_its_logits_by_every_door(name: str, sparsity:
 @NAMES
 def test_a_golden_checkpoint_serves_every_sparsity_in_place(name: str):
     stored = expected(name)
-    model = load(str(GOLDEN / name), dtype="float32")
+    model = load(str(place(name)), dtype="float32")
     for sparsity, asked in SPARSITIES.items():
         set_sparsity(model, 0.5 if asked is None else asked)
         check_logits(logits(model, stored["input_ids"]), stored[f"logits.float32.{sparsity}"], "float32", sparsity)
@@ -116,15 +144,16 @@ def test_the_stored_logits_tell_the_sparsities_apart(name: str):
 
 @NAMES
 def test_a_golden_checkpoint_verifies(name: str):
-    assert verify_folder(GOLDEN / name).files == len(list((GOLDEN / name).iterdir())) - 1  # the manifest itself
+    assert verify_folder(place(name)).files == len(list((place(name)).iterdir())) - 1  # the manifest itself
 
 
 @NAMES
 def test_a_golden_checkpoint_is_inspected(name: str):
-    found, tensors = inspect_checkpoint(GOLDEN / name), tensors_of(GOLDEN / name)
-    report = json.loads((GOLDEN / name / "wina_report.json").read_text())["verification"]
-    assert (found.sparsity, found.measured_at, found.source, found.scheme) == (0.5, 0.5, name, "wina")
-    assert [layer.layer for layer in found.layers] == [0, 1]
+    found, tensors = inspect_checkpoint(place(name)), tensors_of(place(name))
+    report = json.loads((place(name) / "wina_report.json").read_text())["verification"]
+    scheme = {**VERSION_1, **VERSION_2}[name]
+    assert (found.sparsity, found.measured_at, found.source, found.scheme) == (0.5, 0.5, name, scheme)
+    assert [layer.layer for layer in found.layers] == [0, 1, *([None] if "lm_head" in PROJECTIONS[name] else [])]
     by_suffix = {key: value for layer in found.layers for key, value in layer.thresholds.items()}
     assert [key.endswith(kind) for key, kind in zip(by_suffix, PROJECTIONS[name], strict=True)] == [True] * len(
         by_suffix

@@ -30,6 +30,8 @@ TEXT = (ROOT / "wina_convert" / "format" / "README.md").read_text("utf-8")
 GOLDEN = ROOT / "tests" / "golden" / "v1"
 SMALL: dict[str, Any] = {"samples": 4, "seq_len": 16, "basis": "none"}
 SPARSITIES = [None, 0.0, 0.25, 0.333, 0.8, 0.95]
+LOW_RANK = {"low_rank_in", "low_rank_out"}
+OPTIONAL = {"bias", "biases", *LOW_RANK}
 FORMATS = {"F32": "<f4", "F16": "<f2"}
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -63,14 +65,15 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     stripped = {name.removeprefix("transformer."): tensor for name, tensor in tensors_of(made["unprefixed"]).items()}
     save_file(stripped, made["unprefixed"] / "model.safetensors", metadata={"format": "pt"})
-    return made
+    return made | {"low-rank": made["float32"]}
 
 
 @pytest.fixture(scope="module")
 def converted(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Those, converted; the bfloat16 one into shards, the float32 one with pictures. Do not change them."""
+    """Those, converted; the bfloat16 one into shards, a float32 one with pictures and one with low-rank terms. Read only."""
     folder = tmp_path_factory.mktemp("converted")
     options: dict[str, dict[str, Any]] = {"bfloat16": {"max_shard_size": "40KB"}, "float32": {"plot": True}}
+    options["low-rank"] = {"scheme": "r-sparse"}
     for name, source in sources.items():
         convert(str(source), folder / name, **SMALL, **options.get(name, {}))
     return {name: folder / name for name in sources}
@@ -86,7 +89,7 @@ def biased(converted: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 
 
 CHECKPOINTS = ["llama-bfloat16-tied", "gpt2-float32", "float32", "bfloat16", "unprefixed"]
-CHECKPOINTS += ["float32-biased", "unprefixed-biased"]
+CHECKPOINTS += ["float32-biased", "unprefixed-biased", "low-rank"]
 
 
 @pytest.fixture(params=CHECKPOINTS)
@@ -103,7 +106,10 @@ def in_float64(folder: Path, module: str, x: Tensor, sparsity: float) -> Tensor:
     score = x.double().abs() * tensors[f"{key}.column_norms"]
     keep = score > threshold_of(folder, tensors[f"{key}.thresholds"], sparsity)
     bias = tensors.get(f"{key}.bias", torch.zeros(())) + bias_of(folder, tensors.get(f"{key}.biases"), sparsity)
-    return (x.double() * keep) @ tensors[f"{key}.weight_t"] + bias
+    y = (x.double() * keep) @ tensors[f"{key}.weight_t"] + bias
+    if sparsity > 0 and f"{key}.low_rank_in" in tensors:
+        y = y + (x.double() * ~keep) @ tensors[f"{key}.low_rank_in"] @ tensors[f"{key}.low_rank_out"]
+    return y
 
 
 def test_the_reader_reproduces_every_gated_product(checkpoint: Path) -> None:
@@ -218,7 +224,7 @@ def test_the_default_sparsity_is_that_of_the_config(checkpoint: Path) -> None:
 
 def test_the_reader_is_short_and_imports_json_struct_and_numpy_only() -> None:
     source = (ROOT / "tests" / "support" / "reader.py").read_text("utf-8")
-    assert len(source.splitlines()) <= 60
+    assert len(source.splitlines()) <= 65
     imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
     assert all(isinstance(node, ast.Import) for node in imports)
     assert {alias.name for node in imports for alias in node.names} == {"json", "struct", "numpy"}
@@ -253,7 +259,8 @@ def test_the_config_of_a_conversion_is_as_the_text_says(sources: dict[str, Path]
         before, after = config_of(sources[name]), config_of(folder)
         assert set(after) - set(before) <= set(names("with these fields added or changed"))
         assert {key: after[key] for key in before} == before
-        assert set(after["quantization_config"]) == set(listed) - {"biases"}  # written only if true
+        unwritten = {"biases"} | (set() if name == "low-rank" else {"low_rank"})  # there is none
+        assert set(after["quantization_config"]) == set(listed) - unwritten
         assert f"the text `{after['transformers_weights']}`" in TEXT
         for field in ("calibration", "source"):
             assert all(f"`{key}`" in TEXT for key in after["quantization_config"][field])
@@ -278,17 +285,18 @@ def test_the_text_lists_the_tensors_of_a_projection(checkpoint: Path) -> None:
     biased = False
     gates = gated_modules(model)
     for name, gate in gates.items():
-        assert {leaf for leaf, _ in gate.named_parameters()} | {"bias", "biases"} == listed
+        assert {leaf for leaf, _ in gate.named_parameters()} | OPTIONAL == listed
         key = weight_key(checkpoint, name).removesuffix(".weight_t")
         stored = {full.removeprefix(f"{key}.") for full in tensors if full.startswith(f"{key}.")}
         first = {"weight"} if name == next(iter(gates)) else set()
-        assert stored - {"bias", "biases"} == (listed - {"bias", "biases"}) | first
+        assert stored - OPTIONAL == (listed - OPTIONAL) | first
+        assert (stored >= LOW_RANK) == (gate.low_rank_in is not None) == (checkpoint.name == "low-rank")
         assert ("biases" in stored) == (gate.biases is not None) == checkpoint.name.endswith("biased")
         assert ("bias" in stored) == (gate.bias is not None)
         biased |= gate.bias is not None
         if first:
             assert (tensors[f"{key}.weight"].dtype, tensors[f"{key}.weight"].shape) == (torch.float32, (0,))
-    assert biased or checkpoint.name in ("llama-bfloat16-tied", "float32", "float32-biased")
+    assert biased or checkpoint.name in ("llama-bfloat16-tied", "float32", "float32-biased", "low-rank")
 
 
 def test_the_text_lists_the_dtypes_that_the_package_reads() -> None:
@@ -320,7 +328,8 @@ def test_the_text_lists_the_fields_of_the_report(checkpoint: Path) -> None:
     absent = {name for name, since in later.items() if report["versions"]["wina-convert"] < since} | {
         "`tuning`",
         "`experts`",
-    }  # untuned, and no mixture
+        "`head`",
+    }  # untuned, no mixture, and the head dense
     assert [row[0].strip("`") for row in found if row[0] not in absent] == list(report)
     held = {row[0].strip("`"): row[1] for row in found}
     for field in ("versions", "bytes_per_token", "verification"):

@@ -2,9 +2,9 @@
 
     python tests/golden/make.py FOLDER  # tests/golden for the golden ones themselves
 
-The checkpoints of a format version are written once. From the release of version 1 on, those of version 1 must never be
+The checkpoints of a format version are written once. From the release of a version on, those of that version must never be
 written again: they stand for checkpoints that people have, which every later release has to read. A new format version
-gets golden checkpoints of its own beside these, and this file then makes those.
+gets golden checkpoints of its own beside these, and this file then makes those; now it makes version 2.
 """
 
 import sys
@@ -27,8 +27,10 @@ from wina_convert.format.config import FORMAT_VERSION
 CHARACTERS = " abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,;:!?'\"-"
 SPARSITIES = {"0": 0.0, "default": None, "0.8": 0.8}
 TOKENS: dict[str, Any] = {"vocab_size": 64, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
-MODELS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
-    "llama-bfloat16-tied": (
+NEWS = Path(__file__).parents[2] / "calibration" / "text" / "news.txt"  # enough for a token a character
+# name -> dtype, config, and options of the conversion
+MODELS: dict[str, tuple[torch.dtype, dict[str, Any], dict[str, Any]]] = {
+    "llama-bfloat16-tuned": (  # another basis, biases along the sparsity, learned column weights
         torch.bfloat16,
         {
             "model_type": "llama",
@@ -42,10 +44,12 @@ MODELS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
             "max_position_embeddings": 64,
             "tie_word_embeddings": True,
         },
+        {"basis": "fitted", "tune": True},
     ),
-    "gpt2-float32": (  # Conv1D, which stores its weights transposed, and biases
+    "gpt2-float32-sparse": (  # low-rank terms, Conv1D, which stores its weights transposed, biases, and a gated head
         torch.float32,
         {"model_type": "gpt2", **TOKENS, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        {"scheme": "r-sparse", "basis": "none", "targets": ["all", "head"]},
     ),
 }
 
@@ -79,11 +83,11 @@ def main(out: Path) -> None:
     version = f"v{FORMAT_VERSION}"
     if (out / version).exists():
         sys.exit(f"{out / version} exists: golden checkpoints of a format version are written once")
-    for name, (dtype, fields) in MODELS.items():
+    for name, (dtype, fields, options) in MODELS.items():
         with TemporaryDirectory() as temporary:
             source = Path(temporary) / name
             make_source(source, dtype, fields)
-            convert(str(source), out / version / name, samples=32, seq_len=32)
+            convert(str(source), out / version / name, samples=32, seq_len=32, calibration=str(NEWS), **options)
         expected = expected_logits(out / version / name, str(dtype).removeprefix("torch."))
         save_file(expected, out / version / f"{name}.expected.safetensors")
 

@@ -20,7 +20,7 @@ from support import ROOT
 from support.commands import SMALL, contents, refused, run, run_wina, succeeded
 from wina_convert.errors import CalibrationError
 from wina_convert.models.documents import bundled_files, read_documents
-from wina_convert.models.text import sequences, split
+from wina_convert.models.text import sequences, split, split_apart
 
 ROWS = {
     "text": ({"text": "a b", "id": 1}, "a b"),
@@ -370,3 +370,29 @@ def test_held_out_and_calibration_never_share_a_sequence_and_the_seed_decides(co
 def test_another_seed_chooses_other_sequences():
     packed = torch.arange(600).view(200, 3)
     assert not torch.equal(split(packed, 50, 0)[0], split(packed, 50, 1)[0])
+
+
+@given(rows=st.integers(2, 400), samples=st.integers(1, 100), others=st.integers(0, 400), seed=st.integers(0, 2**62))
+@settings(deadline=None)
+def test_text_for_thresholds_stands_apart_from_the_others(rows: int, samples: int, others: int, seed: int):
+    packed = torch.arange(rows)[:, None]
+    chosen, rest, held_out = split_apart(packed, samples, others, seed)
+    assert len(held_out) == min(16, max(1, rows // 8))
+    assert 1 <= len(chosen) <= samples
+    assert len(rest) <= others
+    drawn = [row.item() for part in (chosen, rest, held_out) for row in part]
+    assert len(set(drawn)) == len(drawn)
+    again = split_apart(packed, samples, others, seed)
+    assert all(torch.equal(a, b) for a, b in zip((chosen, rest, held_out), again, strict=True))
+    if rows >= 24 and others <= rows // 3:  # then none of the others is a neighbour from the same stretch
+        stretch = {row.item() * 12 // rows for part in (chosen, held_out) for row in part}
+        assert stretch.isdisjoint({row.item() * 12 // rows for row in rest})
+    if rows >= 3 * (samples + 16):
+        assert len(chosen) == samples
+
+
+def test_stretches_for_thresholds_are_spread_over_the_text_and_a_third_of_it():
+    chosen, rest, held_out = split_apart(torch.arange(120)[:, None], 64, 10**6, 0)
+    assert {row.item() // 10 for part in (chosen, held_out) for row in part} == {1, 4, 7, 10}
+    assert sorted(row.item() for row in rest) == [row for row in range(120) if row // 10 not in (1, 4, 7, 10)]
+    assert (len(chosen), len(held_out)) == (25, 15)

@@ -1,4 +1,4 @@
-"""A reader of WINA checkpoints in 60 lines, written from wina_convert/format/README.md."""
+"""A reader of WINA checkpoints in 65 lines, written from wina_convert/format/README.md."""
 
 import json
 import struct
@@ -6,7 +6,7 @@ import struct
 import numpy as np
 
 ELEMENTS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-FIELDS = "quant_method format_version sparsity prefill grid modules scheme allocation shares biases basis calibration"
+FIELDS = "quant_method format_version sparsity prefill grid modules scheme allocation shares biases low_rank basis calibration"
 
 
 def refuse(wrong, what):
@@ -57,4 +57,8 @@ class Reader:
         bias = np.float32(shift) + (self.tensor(f"{p}.bias").astype("<f4") if f"{p}.bias" in self.tensors else 0)
         with np.errstate(all="ignore"):
             kept = ~(np.abs(x) <= np.where(norms > 0, t / norms, np.float32(np.inf)))
-            return np.where(kept, x, np.float32(0)) @ weight_t.astype("<f4") + bias, kept
+            y = np.where(kept, x, np.float32(0)) @ weight_t.astype("<f4") + bias
+        if s > 0 and f"{p}.low_rank_in" in self.tensors:
+            left, right = (self.tensor(f"{p}.low_rank_{leaf}").astype("<f4") for leaf in ("in", "out"))
+            y = y + np.where(kept, np.float32(0), x) @ left @ right
+        return y, kept

@@ -72,7 +72,13 @@ def inspect_command(folder: str, revision: str | None, token: str | None, quiet:
         achieved = "-" if layer.achieved is None else f"{layer.achieved:.1%}"
         thresholds = [span(kind, layer.thresholds, "{:.4g}") for kind in kinds]
         rows.append(
-            [str(layer.layer), f"{layer.nbytes / 1e6:.2f}", f"{layer.bytes_per_token / 1e6:.2f}", achieved, *thresholds]
+            [
+                "head" if layer.layer is None else str(layer.layer),
+                f"{layer.nbytes / 1e6:.2f}",
+                f"{layer.bytes_per_token / 1e6:.2f}",
+                achieved,
+                *thresholds,
+            ]
         )
     gated, read = sum(layer.nbytes for layer in found.layers), sum(layer.bytes_per_token for layer in found.layers)
     if found.allocation != "uniform":

@@ -26,6 +26,7 @@ def report_text(report: dict[str, Any], out: str, seconds: float) -> str:
             f"  perplexity    dense {held_out['dense_perplexity']:.2f}, gated {held_out['perplexity']:.2f} ({rise:+.1%})",
             f"  bytes/token   {size(reads['dense'])} -> {size(reads['gated'])} ({reads['gated'] / reads['dense'] - 1:+.0%})",
             f"  basis         {basis_text(report['basis'])}",
+            *head_text(report.get("head")),
             *([f"  tuning        {tuning_text(report['tuning'])}"] if "tuning" in report else []),
             calibration_text(report["calibration"] | {"asked": report["options"]["samples"]}),
             *experts_text(report.get("experts")),
@@ -77,6 +78,7 @@ def plan_text(plan: dict[str, Any], out: str) -> str:
                 else []
             ),
             f"  basis         {basis_text(plan['basis'])}",
+            *head_text(plan.get("head")),
             *[f"  stays dense   {name}: {reason}" for name, reason in plan["stays_dense"].items()],
             *([f"  tuning        {tuning_text(plan['tuning'])}"] if "tuning" in plan else []),
             calibration_text(plan["calibration"]),
@@ -97,10 +99,21 @@ def span(kind: str, values: Mapping[str, float], form: str) -> str:
 
 def calibration_text(found: dict[str, Any]) -> str:
     """A line on the text; what was asked of it and it does not hold is said."""
-    less = f", fewer than the {found['asked']} asked for: it holds no more" if found["samples"] < found["asked"] else ""
+    less = (
+        f", fewer than the {found['asked']} asked for: the text is short" if found["samples"] < found["asked"] else ""
+    )
     return printable(
         f"  calibration   {found['samples']} sequences of {found['seq_len']} tokens of {found['text']}{less}"
     )
+
+
+def head_text(found: dict[str, Any] | None) -> list[str]:
+    """A line on a head that is gated."""
+    if not found:
+        return []
+    copied = found["copied_bytes"]
+    tied = f"; it was tied to the embedding and is stored by itself: {size(copied)} more" if copied else ""
+    return [f"  head          gated{tied}"]
 
 
 def experts_text(found: dict[str, Any] | None) -> list[str]:
@@ -289,11 +302,11 @@ def count(number: float) -> str:
 
 def by_layer(values: Mapping[str, float], form: str) -> list[list[str]]:
     """A row for each decoder layer and a column for each kind of projection, from values by module name."""
-    layers: dict[int, dict[str, float]] = {}
+    layers: dict[str, dict[str, float]] = {}
     for name, value in values.items():
         place = split_layer(name)
-        if place is not None:
-            layers.setdefault(place[1], {})[place[2]] = value
+        layer, kind = (str(place[1]), place[2]) if place else ("head", name)
+        layers.setdefault(layer, {})[kind] = value
     kinds = list(dict.fromkeys(of_any_expert(kind) for row in layers.values() for kind in row))
     header = ["layer", *(kind.rpartition(".")[2] for kind in kinds)]
-    return [header, *([str(layer), *(span(kind, row, form) for kind in kinds)] for layer, row in layers.items())]
+    return [header, *([layer, *(span(kind, row, form) for kind in kinds)] for layer, row in layers.items())]

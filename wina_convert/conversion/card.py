@@ -79,6 +79,7 @@ sparsity on your text may differ from that on the calibration text. See `wina_re
 
 
 UNCHANGED = "The weights are unchanged; only a threshold per projection was added."
+COPIED = " The head was tied to the\nembedding and is stored by itself, since it is gated."
 MERGED = "It is a LoRA adapter, merged onto its base {base} before.\n"
 TURNED = (
     "The weights are those of the source in another basis of its hidden states, in which more can be skipped; without skipping\n"
@@ -161,7 +162,8 @@ def write_card(folder: Path, source: Source, report: dict[str, Any], pictures: M
         pictures="".join(f"\n![{shown}]({name})\n" for name, shown in (pictures or {}).items()),
         default=default_line(held_out["sparsity"], reads["dense"], reads["gated"]),
         merged=MERGED.format(base=source.adapter.base) if source.adapter else "",
-        basis=UNCHANGED if report["basis"]["kind"] == "none" else TURNED,
+        basis=(UNCHANGED if report["basis"]["kind"] == "none" else TURNED)
+        + (COPIED if report.get("head", {}).get("copied_bytes") else ""),
         tuned=_tuned(report.get("tuning")),
         title=title,
         loader=auto_class(config).__name__,
@@ -180,7 +182,7 @@ def write_card(folder: Path, source: Source, report: dict[str, Any], pictures: M
         layers=report["layers"],
         targets=", ".join(options["targets"]),
         samples=calibration["samples"],
-        fewer=f" {options['samples']} were asked for; the text holds no more." if fewer else "",
+        fewer=f" {options['samples']} were asked for; the text is short." if fewer else "",
         pooled=_pooled(report.get("experts")),
         seed=calibration["seed"],
         revision=f" --revision {source.revision}" if on_hub else "",

@@ -10,6 +10,7 @@ from ..fitting.calibrate import FEWEST, PILOT
 from ..fitting.thresholds import levels
 from ..format.experts import shares, split_expert
 from ..format.folder import sidecars
+from ..format.names import WEIGHT
 from ..models.source import Source
 from ..models.text import HELD_OUT
 from ..runtime.kernels import gated_linear
@@ -35,6 +36,20 @@ def shape_report(plan: ConversionPlan, sparsity: float) -> dict[str, Any]:
             for projection in plan.projections
         },
     }
+
+
+def head_report(source: Source, plan: ConversionPlan) -> dict[str, Any]:
+    """Where the head is gated, the part of a report on it: the bytes by which the folder grows because it was tied.
+
+    Args:
+        source: with a head of its own (`models.tensors.with_own_head`).
+        plan: of the conversion.
+    """
+    head = plan.projections[-1]
+    if head.layer is not None:
+        return {}
+    copied = source.tensors[f"{head.key}.{WEIGHT}"].stored in source.tensors
+    return {"head": {"copied_bytes": head.nbytes if copied else 0}}
 
 
 def experts_report(plan: ConversionPlan, few: Sequence[str]) -> dict[str, Any]:
@@ -113,6 +128,7 @@ def plan_report(
         "basis": turn.shown() if turn else {"kind": "none"},
         **({"tuning": tuning.shown()} if tuning else {}),
         **shapes,
+        **head_report(source, plan),
         "stays_dense": dict(plan.family.dense),
         "unused": list(unused),
         "seconds": round(seconds, 1),

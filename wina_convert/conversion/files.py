@@ -46,6 +46,7 @@ def checkpoint_config(
         prefill="gated",
         modules=[projection.name for projection in plan.projections],
         scheme=plan.scheme.name,
+        low_rank=plan.scheme.low_rank,
         allocation=plan.budget.allocation,
         shares=plan.budget.stored(),
         basis=basis,

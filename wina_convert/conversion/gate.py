@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from ..defaults import torch_defaults
 from ..errors import CheckpointError
+from ..fitting.low_rank import low_rank_factors
 from ..fitting.schemes import scheme_of
 from ..format.checkpoint import Checkpoint, open_checkpoint
 from ..format.dtypes import compute_dtype
+from ..format.low_rank import LOW_RANK, rank_of
 from ..format.names import BIASES, COLUMN_NORMS, THRESHOLDS, WEIGHT_T
 from ..format.staging import Staging
 from ..models.device import choose_device
 from ..models.source import Source, checkpoint_folder, open_source
-from ..models.tensors import taken
+from ..models.tensors import taken, with_own_head
 from ..models.text import read_sequences, sequence_length
 from ..progress import lines
 from ..runtime import install
@@ -26,7 +28,7 @@ from ..runtime.quantization import Gating, WinaConfig
 from .files import checkpoint_config
 from .layers import write_layers
 from .options import ConversionOptions
-from .plan import make_plan
+from .plan import HEAD, make_plan
 from .search import searched
 from .twin_proof import check_twin
 
@@ -84,6 +86,8 @@ def _calibrate(model: nn.Module, source: Source, gating: Gating, asked: WinaConf
         fields["dtype"] = dtype
     options = ConversionOptions(**fields)
     device = choose_device(options.device)
+    if HEAD in options.targets:
+        source = with_own_head(source)
     plan = make_plan(source, options.targets, options.ignore, options.dtype, options.scheme, options.allocation)
     length = sequence_length(source, options.seq_len)
     tokens, _ = read_sequences(source, options.calibration, length, options.samples, options.seed)
@@ -117,7 +121,11 @@ def _take(model: nn.Module, folder: Path | None, other: Checkpoint, asked: WinaC
             raise CheckpointError(
                 f"{where} has {name} in another shape than this model; its thresholds are another model's"
             )
-        return {COLUMN_NORMS: scheme.column_weights(name, weight_t)} | stored
+        made = {COLUMN_NORMS: scheme.column_weights(name, weight_t)}
+        if config.low_rank:
+            factors = low_rank_factors(weight_t, rank_of(config.low_rank, *weight_t.shape))
+            made |= dict(zip(LOW_RANK, factors, strict=True))
+        return made | stored
 
     if asked.sparsity is not None:
         config = replace(config, sparsity=asked.sparsity)
@@ -140,10 +148,10 @@ class Tables:
         self.kept: dict[str, dict[str, Tensor]] = {}
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep column norms and thresholds."""
+        """Keep column norms, thresholds and low-rank terms."""
         for name, tensor in tensors.items():
             key, _, leaf = name.rpartition(".")
-            if leaf in (COLUMN_NORMS, THRESHOLDS):
+            if leaf in (COLUMN_NORMS, THRESHOLDS, *LOW_RANK):
                 self.kept.setdefault(key, {})[leaf] = tensor
 
     def skip(self, names: Iterable[str]) -> None:

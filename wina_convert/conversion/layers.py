@@ -1,7 +1,8 @@
 """Calibrates and writes a model one decoder layer after another, and goes on where an interrupted conversion stopped."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -15,6 +16,7 @@ from ..format.names import THRESHOLDS
 from ..format.shard_writer import TensorSink
 from ..format.shards import sentinel
 from ..format.staging import Staging
+from ..models.measure import POSITIONS
 from ..models.source import Source
 from ..models.stream import StreamedModel, gated_stream
 from ..progress import Progress, grouped
@@ -59,6 +61,8 @@ def write_layers(
     model = stream_of(source, plan, config, device)
     keys_of = {projection.name: projection.key for projection in plan.projections}
     by_layer = [model.layer_keys(index) for index in range(plan.n_layers)]
+    head_gated = plan.projections[-1].layer is None
+    steps = plan.n_layers + head_gated
     inside = {plan.origin[key] for keys in by_layer for key in keys}
     outside = [key for key in source.tensors if key not in inside]
     kept: dict[str, pictures.ScoreCurve] = {}
@@ -77,22 +81,37 @@ def write_layers(
     else:
         done = staging.begun.layers
         written = {plan.origin[key] for keys in by_layer[:done] for key in keys} | {*outside}
-        shards.skip({plan.sentinel, *(name for name, key in plan.origin.items() if key in written)})
+        late = {f"{one.key}.{THRESHOLDS}" for one in plan.projections if one.layer is None and done < steps}
+        shards.skip(
+            {plan.sentinel, *(name for name, key in plan.origin.items() if key in written and name not in late)}
+        )
         states, kept, few = _restore(staging.begun.tensors, device)
     del embedded
+
+    @contextmanager
+    def loaded(index: int) -> Iterator[Callable[[Tensor, int], Tensor]]:
+        """A decoder layer, written and in memory, or behind the last one the head, which is written already."""
+        if index == plan.n_layers:
+            with model.head() as logits:
+                yield partial(_through_head, logits)
+            return
+        keys = by_layer[index]
+        tensors = stored_tensors(source, plan.steps, dict.fromkeys(plan.origin[key] for key in keys), device)
+        shards.write(tensors)
+        curves = {
+            key: torch.zeros(len(GRID), dtype=torch.float32, device="cpu")
+            for key in keys
+            if key.endswith(f".{THRESHOLDS}")
+        }
+        with model.layer(index, tensors | curves) as run:
+            yield run
+
     saved, cost = time.monotonic(), 0.0
-    with progress(f"Calibrating on {len(tokens)} sequences and writing", plan.n_layers, "layer") as advance:
+    with progress(f"Calibrating on {len(tokens)} sequences and writing", steps, "layer") as advance:
         advance(done)
         by_layer_done = grouped(advance, len(tokens) * len(config.calibration["levels"]))
-        for index, keys in enumerate(by_layer[done:], done):
-            tensors = stored_tensors(source, plan.steps, dict.fromkeys(plan.origin[key] for key in keys), device)
-            shards.write(tensors)
-            curves = {
-                key: torch.zeros(len(GRID), dtype=torch.float32, device="cpu")
-                for key in keys
-                if key.endswith(f".{THRESHOLDS}")
-            }
-            with model.layer(index, tensors | curves) as run:
+        for index in range(done, steps):
+            with loaded(index) as run:
                 gates = {name: gate for name, gate in gated_modules(model.model).items() if not gate.weight_t.is_meta}
                 histograms, pooled = calibrate_layer(run, gates, states, by_layer_done, plan.budget)
                 few |= pooled
@@ -104,7 +123,7 @@ def write_layers(
                 if plot:
                     kept[name] = pictures.score_curve(found[shown], plan.budget.asked(name, sparsity))
             # A snapshot may take a second and a layer too: it may cost a twentieth of the time.
-            now, last = time.monotonic(), index + 1 == plan.n_layers
+            now, last = time.monotonic(), index + 1 == steps
             if last or now - saved >= 20 * cost:
                 shards.sync()
                 staging.save(index + 1, {**carried, **_carried({} if last else states, kept, few)})
@@ -112,6 +131,13 @@ def write_layers(
                 cost = saved - now
     curves_of = {projection.name: kept[projection.name] for projection in plan.projections} if plot else {}
     return curves_of, [projection.name for projection in plan.projections if projection.name in few]
+
+
+def _through_head(logits: Callable[[Tensor], Tensor], hidden: Tensor, number: int) -> Tensor:
+    """Show the head hidden states [B, S, hidden], a few positions at a time, whose logits nobody needs."""
+    for part in hidden.flatten(0, 1).split(POSITIONS):
+        logits(part)
+    return hidden
 
 
 def _carried(states: States, kept: Mapping[str, pictures.ScoreCurve], few: Iterable[str]) -> dict[str, Tensor]:

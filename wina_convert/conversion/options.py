@@ -59,7 +59,8 @@ class ConversionOptions:
         "wina",
         REPORT,
         "How inputs are scored: wina (|x| times the L2 norm of the column), wina-paper (that where keys and gate come from, "
-        "|x| elsewhere, as in the authors' code), teal (|x|) or was (|x| times the L1 norm).",
+        "|x| elsewhere, as in the authors' code), teal (|x|), was (|x| times the L1 norm) or r-sparse (as wina, with a low-rank "
+        "term for what is skipped).",
     )
     allocation: str = _option(
         "types",
@@ -80,7 +81,8 @@ class ConversionOptions:
     targets: tuple[str, ...] = _option(
         ("all",),
         REPORT,
-        "What to gate: all, attention, mlp, or patterns such as '*.down_proj'; repeat or separate by commas.",
+        "What to gate: all, attention, mlp (of the decoder layers), head, or patterns such as '*.down_proj'; repeat or separate "
+        "by commas. A head that is tied to the embedding is stored by itself.",
     )
     ignore: tuple[str, ...] = _option((), REPORT, "Patterns to leave dense, such as 'model.layers.0.*'.")
     allow_unused: bool = _option(
@@ -121,6 +123,10 @@ class ConversionOptions:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         object.__setattr__(self, "targets", tuple(self.targets))
         object.__setattr__(self, "ignore", tuple(self.ignore))
+        if self.tune and SCHEMES[self.scheme].low_rank:
+            raise OptionError(
+                f"tune learns no low-rank terms, which scheme {self.scheme!r} has; take another or leave out tune"
+            )
         for name, count in (("samples", self.samples), ("batch size", self.batch_size)):
             if count < 1:
                 raise OptionError(f"{name} is {count}; give at least 1")

@@ -22,7 +22,7 @@ from ..format.staging import check_space, check_target, staged
 from ..models.device import choose_device
 from ..models.seen import SEEN, record
 from ..models.source import Source, open_source
-from ..models.text import read_sequences, sequence_length
+from ..models.text import read_apart, read_sequences, sequence_length
 from ..pictures import check_available
 from ..progress import Progress, silent
 from . import plot as pictures
@@ -99,12 +99,12 @@ def _convert(
     # Only now, so that what is refused above is refused at once: these import transformers.
     import transformers
 
-    from ..models.tensors import taken
+    from ..models.tensors import taken, with_own_head
     from .card import write_card
-    from .estimate import disk_bytes, experts_report, plan_report, shape_report
+    from .estimate import disk_bytes, experts_report, head_report, plan_report, shape_report
     from .layers import write_layers
     from .loss_limit import sparsity_within, within_report
-    from .plan import make_plan
+    from .plan import HEAD, make_plan
     from .proof import prove
     from .search import carried_shares, searched
     from .tuning import carried_tuning, plan_tuning, tune_source, tuned_plan, tuning_sequences
@@ -113,6 +113,8 @@ def _convert(
 
     source, unused = taken(found_source, asked.allow_unused)
     try_type(source)
+    if HEAD in asked.targets:
+        source = with_own_head(source)
     chosen = (asked.targets, asked.ignore, asked.dtype, asked.scheme, asked.allocation)
     plan = make_plan(source, *chosen)  # as it is: what is wrong with source or options is refused before it is turned
     if turn := plan_turn(source, asked.basis, device):
@@ -125,10 +127,13 @@ def _convert(
     at_a_time = 1 if device.type == "cpu" else asked.batch_size
 
     for_basis = basis_sequences(asked.samples, length) if turn else 0
-    wanted = asked.samples + max(for_basis, tuning_sequences(length) if tuning else 0)
-    seen, held_out = read_sequences(source, asked.calibration, length, wanted, asked.seed)
-    tokens, rest = seen[: asked.samples], seen[asked.samples :]
-    # Scores are smaller on text that a basis was fitted to: thresholds from there would skip less elsewhere.
+    others = max(for_basis, tuning_sequences(length) if tuning else 0)
+    if turn:
+        tokens, rest, held_out = read_apart(source, asked.calibration, length, asked.samples, others, asked.seed)
+        seen = torch.cat([tokens, rest])
+    else:
+        seen, held_out = read_sequences(source, asked.calibration, length, asked.samples + others, asked.seed)
+        tokens, rest = seen[: asked.samples], seen[asked.samples :]
     shown = rest[:for_basis] if len(rest) >= len(tokens) else seen
     text = text_name(asked.calibration)
     check_space(Path(out), disk_bytes(source, plan, turn, tuning, asked.sparsity, len(tokens), length))
@@ -187,6 +192,7 @@ def _convert(
             "options": used.deciding(REPORT),
             **shape_report(plan, proof.held_out.sparsity),
             "unused": list(unused),
+            **head_report(source, plan),
             **experts_report(plan, few),
             "basis": basis | ({"logits_differ": differs} if turn else {}),
             **extra,

@@ -12,18 +12,20 @@ from ..fitting.budget import ALLOCATIONS, SEARCHED, Budget
 from ..fitting.schemes import SCHEMES, Scheme
 from ..format.dtypes import compute_dtype
 from ..format.experts import shares
+from ..format.low_rank import low_rank_bytes
 from ..format.names import WEIGHT, split_layer
 from ..format.shards import TensorSpec, sentinel
 from ..models.discovery import architecture_of
 from ..models.handed import features
 from ..models.source import Source
 from ..models.stream import build_skeleton
-from ..models.structure import Projection, find_projections, not_read
+from ..models.structure import Projection, find_head, find_projections, not_read
 from ..models.tensors import check_stored
 from ..runtime.keys import checkpoint_keys
 from .weights import Step, planned_headers, steps_of
 
-PRESETS = ("all", "attention", "mlp")
+PRESETS = ("all", "attention", "mlp", "head")
+HEAD = "head"  # the preset; no pattern means it
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,11 @@ class ConversionPlan:
         return sum(spec.nbytes for spec in self.tensors)
 
     def bytes_per_token(self, sparsity: float) -> int:
-        """Bytes of weights and cutoffs that a token reads at this sparsity."""
+        """Bytes of weights, cutoffs and low-rank terms that a token reads at this sparsity."""
         gated = sum(one.bytes_per_token(self.budget.asked(one.name, sparsity)) for one in self.projections)
+        if sparsity > 0:
+            specs = {spec.name: spec for spec in self.tensors}
+            gated += sum(one.share * low_rank_bytes(specs, one.key) for one in self.projections)
         return round(self.dense_bytes_per_token - sum(one.share * one.nbytes for one in self.projections) + gated)
 
 
@@ -93,7 +98,8 @@ def make_plan(
 
     Args:
         source: the checkpoint.
-        targets: "all", "attention", "mlp", or glob patterns of module names such as `*.down_proj`.
+        targets: "all", "attention", "mlp", or glob patterns of module names such as `*.down_proj`; "head" besides or alone,
+            where the source has a head of its own (`models.tensors.with_own_head`).
         ignore: glob patterns of module names to leave dense, such as `model.layers.0.*`.
         dtype: "auto" (as the source is), "float32", "bfloat16" or "float16".
         scheme: how inputs are scored, a name of SCHEMES.
@@ -112,7 +118,8 @@ def make_plan(
     projections = find_projections(source, family, model, keys, cast)
     if not projections:
         raise SourceError(f"{source.name} has no decoder layer; check its config.json")
-    chosen = _choose(projections, family, targets, ignore)
+    head = [find_head(source, model, keys, cast)] if HEAD in targets else []
+    chosen = _choose([*projections, *head], family, targets, ignore)
     if allocation in SEARCHED and any(one.share < 1 for one in chosen):
         raise OptionError(
             f"allocation {allocation!r} tries every matrix of {source.name} by itself, and it has {len(chosen)}; "
@@ -132,7 +139,9 @@ def make_plan(
     return ConversionPlan(
         projections=chosen,
         scheme=SCHEMES[scheme],
-        budget=ALLOCATIONS[allocation]({projection.name: projection.weights for projection in chosen}, family.prior),
+        budget=ALLOCATIONS[allocation](
+            {one.name: one.weights for one in chosen}, {one.name: 0.5 for one in head} | family.prior
+        ),
         steps=steps,
         tensors=tensors,
         origin=origin,
@@ -166,7 +175,8 @@ def _choose(
 ) -> tuple[Projection, ...]:
     blocks = {"all": (*family.attention, *family.mlp), "attention": family.attention, "mlp": family.mlp}
     patterns = [f"*.{short}" for target in targets for short in blocks.get(target, ())]
-    patterns += [target for target in targets if target not in blocks]
+    patterns += [target for target in targets if target not in PRESETS]
+    patterns += [one.name for one in projections if one.layer is None]
     example = (*family.attention, *family.mlp)[-1]
     for pattern in (*patterns, *ignore):
         if not any(fnmatch.fnmatchcase(projection.name, pattern) for projection in projections):

@@ -133,5 +133,4 @@ def draw_scores(path: Path, sparsity: float, curves: Mapping[str, ScoreCurve]) -
 
 def _layer_and_kind(name: str) -> tuple[int, str]:
     place = split_layer(name)
-    assert place is not None  # gated projections are in layers
-    return place[1], of_any_expert(place[2])
+    return (place[1], of_any_expert(place[2])) if place else (0, name)  # the head, a kind of its own

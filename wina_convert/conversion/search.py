@@ -9,6 +9,7 @@ from torch import Tensor
 from ..fitting.budget import SEARCHED, Budget
 from ..fitting.greedy import Shares, divide_layer, moves_of
 from ..format.config import WinaConfig
+from ..format.grid import GRID
 from ..format.staging import Snapshot
 from ..models.source import Source
 from ..progress import Progress
@@ -65,7 +66,7 @@ def searched(
 
 
 def _with(plan: ConversionPlan, shares: Mapping[str, tuple[float, ...]]) -> ConversionPlan:
-    in_order = {one.name: shares[one.name] for one in plan.projections}
+    in_order = {one.name: shares.get(one.name, tuple(GRID)) for one in plan.projections}  # the head is in no layer
     return replace(plan, budget=Budget(plan.budget.allocation, in_order))
 
 

@@ -86,7 +86,7 @@ def plan_tuning(source: Source, plan: ConversionPlan, length: int, device: torch
     """
     weights = sum(spec.numel for spec in source.tensors.values())
     rows = max(1, learning.LEVEL_TOKENS // length) * length
-    by_layer: dict[int, int] = {}
+    by_layer: dict[int | None, int] = {}
     for one in plan.projections:
         by_layer[one.layer] = by_layer.get(one.layer, 0) + 3 * (one.in_features + one.out_features)
     logits = 8 * int(source.text_config.get("vocab_size", 0))

@@ -3,7 +3,6 @@
 The turned model is nowhere stored: every tensor is read from the source, folded and handed on, in slices where it is large.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -31,6 +30,7 @@ from ..format.shards import TensorSpec
 from ..format.staging import Snapshot
 from ..models.source import Source
 from ..models.stream import StreamedModel, build_skeleton
+from ..models.tensors import untied
 from ..progress import Progress, grouped
 from ..runtime.keys import checkpoint_keys
 from .options import BASES, check_name
@@ -221,9 +221,7 @@ def _turned_headers(source: Source, keys: Mapping[str, str], folds: Mapping[str,
     }
     if not new and source.config.get("tie_word_embeddings") is False:
         return source
-    config = source.config | {"tie_word_embeddings": False}
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    return replace(source, config=config, config_text=text, tensors=source.tensors | new)
+    return untied(replace(source, tensors=source.tensors | new))
 
 
 def basis_sequences(samples: int, length: int) -> int:

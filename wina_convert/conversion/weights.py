@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from ..errors import SourceError
+from ..fitting.low_rank import low_rank_factors
 from ..fitting.schemes import Scheme
 from ..format.folder import Folder
 from ..format.grid import GRID
+from ..format.low_rank import LOW_RANK, LOW_RANK_IN, LOW_RANK_OUT, rank_of
 from ..format.names import BIASES, COLUMN_NORMS, THRESHOLDS, WEIGHT, WEIGHT_T
 from ..format.shards import TensorSpec
 from ..models.structure import Projection
@@ -73,7 +75,7 @@ class Gate:
     biases: Mapping[str, Tensor] = field(default_factory=dict)
 
     def headers(self, spec: TensorSpec) -> list[TensorSpec]:
-        """Weight, column weights, thresholds and biases of a gated projection; anything else as it is."""
+        """Weight, column weights, thresholds, low-rank term and biases of a gated projection; anything else as it is."""
         projection = self.projections.get(spec.name)
         if projection is None:
             return [spec]
@@ -83,12 +85,16 @@ class Gate:
             TensorSpec(f"{projection.key}.{COLUMN_NORMS}", torch.float32, shape[:1]),
             TensorSpec(f"{projection.key}.{THRESHOLDS}", torch.float32, (len(GRID),)),
         ]
+        if self.scheme.low_rank:
+            rank = rank_of(self.scheme.low_rank, *shape)
+            specs.append(TensorSpec(f"{projection.key}.{LOW_RANK_IN}", spec.dtype, (shape[0], rank)))
+            specs.append(TensorSpec(f"{projection.key}.{LOW_RANK_OUT}", spec.dtype, (rank, shape[1])))
         if self.biases:
             specs.append(TensorSpec(f"{projection.key}.{BIASES}", torch.float32, (len(GRID), shape[1])))
         return specs
 
     def make(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """Weight, column weights and biases of a gated projection, on its device; anything else as it is."""
+        """Weight, column weights, low-rank term and biases of a gated projection, on its device; anything else as it is."""
         projection = self.projections.get(name)
         if projection is None:
             return {name: tensor}
@@ -97,6 +103,9 @@ class Gate:
             f"{projection.key}.{WEIGHT_T}": weight_t,
             f"{projection.key}.{COLUMN_NORMS}": self.scheme.column_weights(projection.name, weight_t),
         }
+        if self.scheme.low_rank:
+            factors = low_rank_factors(weight_t, rank_of(self.scheme.low_rank, *weight_t.shape))
+            made |= {f"{projection.key}.{leaf}": factor for leaf, factor in zip(LOW_RANK, factors, strict=True)}
         if self.biases:
             made[f"{projection.key}.{BIASES}"] = self.biases[projection.name].to(tensor.device)
         return made

@@ -15,6 +15,7 @@ from ..architectures import ARCHITECTURES
 from ..errors import CheckpointError
 from ..format.names import split_layer
 
+LOW_RANK_PART = 0.05
 KEYS_AND_GATES = frozenset(kind for family in ARCHITECTURES.values() for kind in family.weighted)
 
 
@@ -26,12 +27,14 @@ class Scheme:
         name: as config.json stores it.
         column_weights: from a projection's full name and its transposed weight [in, out], contiguous, to the weight of every
             column [in], float32. In another basis, of the turned weight. For "learned", what learning began with.
+        low_rank: the part of a matrix's weights that its low-rank term has about, which stands in for what is skipped; 0: none.
         recomputed: whether they follow from the stored weight alone, so that `wina verify` can hold them against it.
     """
 
     name: str
     column_weights: Callable[[str, Tensor], Tensor]
     recomputed: bool
+    low_rank: float = 0.0
 
 
 def column_norms(weight_t: Tensor) -> Tensor:
@@ -83,6 +86,8 @@ SCHEMES = {
         Scheme("wina-paper", norms_of_keys_and_gates, recomputed=True),
         Scheme("teal", ones, recomputed=True),
         Scheme("was", sums_of_magnitudes, recomputed=True),
+        # ||S V_j|| of R-Sparse (arXiv 2504.19449, equation 5) is the norm of column j: what is its own is the low-rank term
+        Scheme("r-sparse", every_norm, recomputed=True, low_rank=LOW_RANK_PART),
     )
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..format.names import split_layer
 from .budget import Budget
 from .histogram import ScoreHistogram
 
@@ -114,6 +115,7 @@ class Student:
         """
         model.requires_grad_(False)
         self.model, self.levels = model, tuple(levels)
+        self.body: Any = model if any(split_layer(name) is None for name in columns) else model.base_model
         self.gates = {
             name: Gate(model.get_submodule(name), start, weights[name] // len(start), len(levels))
             for name, start in columns.items()
@@ -185,9 +187,9 @@ class Student:
         )
 
     def _run(self, tokens: Tensor, level: int) -> None:
-        """Through the decoder layers, without the head."""
+        """Through the decoder layers, and the head only where that has a gate."""
         self._set_level(level)
-        self.model.base_model(input_ids=tokens, use_cache=False)  # type: ignore[operator]
+        self.body(input_ids=tokens, use_cache=False)
 
     def _set_level(self, level: int | None) -> None:
         for gate in self.gates.values():

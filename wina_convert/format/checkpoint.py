@@ -13,6 +13,7 @@ from .curve import ascends, threshold_at
 from .dtypes import FLOATS
 from .folder import Folder, read_config
 from .grid import check_sparsity
+from .low_rank import LOW_RANK, LOW_RANK_IN, LOW_RANK_OUT, rank_of
 from .names import BIASES, COLUMN_NORMS, INDEX, SINGLE, THRESHOLDS, WEIGHT_T, split_layer
 from .shards import read_headers
 from .trust import check_folder
@@ -125,28 +126,41 @@ def _check_structure(checkpoint: Checkpoint) -> None:
     config, specs = checkpoint.config, checkpoint.folder.tensors
     places = {name: split_layer(name) for name in config.modules}
     layers = next((place[0] for place in places.values() if place), None)
+    outside = [name for name, place in places.items() if place is None]
+    if len(outside) > 1 or (outside and outside != config.modules[-1:]):
+        raise CheckpointError(
+            f"{checkpoint.folder.path}: config.json gates {outside[0]!r}, which is in no decoder layer; only the last may be, a "
+            "head"
+        )
     for name, key in checkpoint.gated_keys().items():
         place = places[name]
-        if place is None or place[0] != layers:
+        if place is not None and place[0] != layers:
             raise CheckpointError(f"{checkpoint.folder.path}: config.json gates {name!r}, which is in no decoder layer")
         weight_t = specs[f"{key}.{WEIGHT_T}"]
-        tables: list[tuple[str, tuple[int, ...]]] = [
-            (COLUMN_NORMS, weight_t.shape[:1]),
-            (THRESHOLDS, (len(config.grid),)),
+        tables: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
+            (COLUMN_NORMS, torch.float32, weight_t.shape[:1]),
+            (THRESHOLDS, torch.float32, (len(config.grid),)),
         ]
         if config.biases:
-            tables.append((BIASES, (len(config.grid), *weight_t.shape[1:])))
-        elif f"{key}.{BIASES}" in specs:
+            tables.append((BIASES, torch.float32, (len(config.grid), *weight_t.shape[1:])))
+        if config.low_rank and len(weight_t.shape) == 2:
+            inputs, outputs = weight_t.shape
+            rank = rank_of(config.low_rank, inputs, outputs)
+            tables.append((LOW_RANK_IN, weight_t.dtype, (inputs, rank)))
+            tables.append((LOW_RANK_OUT, weight_t.dtype, (rank, outputs)))
+        untold = {BIASES, *LOW_RANK} - {leaf for leaf, _, _ in tables}
+        if there := sorted(leaf for leaf in untold if f"{key}.{leaf}" in specs):
             raise CheckpointError(
-                f"{checkpoint.folder.path}: the weights hold {key + '.' + BIASES!r}, of which config.json says nothing; "
+                f"{checkpoint.folder.path}: the weights hold {key + '.' + there[0]!r}, of which config.json says nothing; "
                 "convert again"
             )
-        for leaf, shape in tables:
+        for leaf, dtype, shape in tables:
             spec = specs.get(f"{key}.{leaf}")
-            if spec is None or (spec.dtype, spec.shape) != (torch.float32, shape):
+            if spec is None or (spec.dtype, spec.shape) != (dtype, shape):
                 got = "missing" if spec is None else f"{spec.dtype} {list(spec.shape)}"
+                wanted = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
                 raise CheckpointError(
-                    f"{checkpoint.folder.path}: {key + '.' + leaf!r} is {got} instead of float32 {list(shape)}; convert again"
+                    f"{checkpoint.folder.path}: {key + '.' + leaf!r} is {got} instead of {wanted}; convert again"
                 )
         if len(weight_t.shape) != 2 or weight_t.dtype not in FLOATS.values():
             got = f"{weight_t.dtype} {list(weight_t.shape)}"

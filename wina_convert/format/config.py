@@ -9,7 +9,7 @@ from .grid import GRID, check_sparsity
 
 FORMAT_VERSION = 2
 READABLE = (1, 2)
-NEW_IN_2 = ("basis", "shares", "biases")  # without these fields, version 2 is version 1
+NEW_IN_2 = ("basis", "shares", "biases", "low_rank")  # without these fields, version 2 is version 1
 PREFILL = ("gated", "dense")
 
 
@@ -28,6 +28,7 @@ class WinaConfig:
         shares: the fraction asked of each projection at the points of the grid, by its name within a decoder layer, or by its
             full name where layers differ; empty for "uniform".
         biases: whether each gated projection has a bias for each point of the grid.
+        low_rank: of each gated projection, the part of its weights that its low-rank term has about; 0: there is none.
         basis: what change of basis is folded into the weights: its `kind`, and how it was found.
         calibration: what the thresholds were fitted on.
         source: what was converted.
@@ -47,6 +48,7 @@ class WinaConfig:
     allocation: str = "uniform"
     shares: dict[str, list[float]] = field(default_factory=dict)
     biases: bool = False
+    low_rank: float = 0.0
     basis: dict[str, Any] = field(default_factory=lambda: {"kind": "none"})
     calibration: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
@@ -83,6 +85,9 @@ class WinaConfig:
         ):
             if not isinstance(getattr(self, name), kind):
                 raise CheckpointError(f"quantization_config.{name} of config.json is no {kind.__name__}")
+        part = self.low_rank
+        if isinstance(part, bool) or not isinstance(part, (int, float)) or not 0 <= part < 1:
+            raise CheckpointError(f"quantization_config.low_rank of config.json is {part!r}, no number from 0 to 1")
         for projection, share in self.shares.items():
             if not _rises(share, len(grid)):
                 raise CheckpointError(
@@ -115,7 +120,7 @@ class WinaConfig:
         stored = {
             name: value for name, value in asdict(self).items() if self.format_version > 1 or name not in NEW_IN_2
         }
-        return stored if self.biases else {name: value for name, value in stored.items() if name != "biases"}
+        return {name: value for name, value in stored.items() if value or name not in ("biases", "low_rank")}
 
 
 def _rises(share: Any, length: int) -> bool:

@@ -7,6 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..format.experts import shares
+from ..format.low_rank import LOW_RANK
 from ..format.names import COLUMN_NORMS, THRESHOLDS, WEIGHT, WEIGHT_T
 from ..format.shards import TensorSpec
 from ..runtime.linear import gated_modules
@@ -51,7 +52,12 @@ def token_cost(
         spec = specs[key]
         if name in unread or (owner in gates and leaf in NOT_READ):
             continue
-        if owner in gates and leaf == WEIGHT_T:
+        if owner in gates and leaf in LOW_RANK:
+            read = (
+                met[name] if skipped and any(skipped.values()) else 0.0
+            )  # at sparsity 0 there is nothing to stand in for
+            nbytes, macs = nbytes + read * spec.nbytes, macs + read * spec.numel
+        elif owner in gates and leaf == WEIGHT_T:
             part = skipped.get(owner, 0.0) if skipped else 0.0
             nbytes += met[name] * bytes_read(spec.nbytes, spec.shape[0] if skipped else 0, part)
             macs += met[name] * round(spec.numel * (1 - part))

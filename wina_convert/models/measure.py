@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..format.names import split_layer
 from ..progress import Advance
 from ..runtime.experts import opened_experts
 from ..runtime.linear import WinaLinear, gated_modules, observing
@@ -69,7 +70,7 @@ def measure(
         sparsities: fractions to skip.
         dense: the source; None: compare with the checkpoint at sparsity 0, where that is among the sparsities.
         batch_size: sequences at a time.
-        same_head: what follows the layers is the same in both, so that one copy in memory will do.
+        same_head: what follows the layers is the same in both, so that one copy in memory will do, unless the head is gated.
         advance: told the number of sequences that a layer has done.
     """
     batches = list(tokens.split(batch_size))
@@ -95,7 +96,9 @@ def measure(
                     _advance_states(run, hidden, advance)
             for gate in gates.values():
                 gate.forget_threshold()
-    with gated.head() as head, dense.head() if dense and not same_head else nullcontext(head) as dense_head:
+    in_head = {name: module for name, module in gated_modules(gated.model).items() if split_layer(name) is None}
+    own = dense if dense and not (same_head and not in_head) else None
+    with gated.head() as head, own.head() if own else nullcontext(head) as dense_head:
         sums = {sparsity: _Sums() for sparsity in sparsities}
         for number, batch in enumerate(batches):
             for row, ids in enumerate(batch):
@@ -104,10 +107,15 @@ def measure(
                     target = ids[positions.start + 1 : positions.stop + 1]
                     expected = dense_head(reference[number][row, positions]).float().cpu() if dense else None
                     for sparsity, hidden in states.items():
-                        logits = head(hidden[number][row, positions]).float().cpu()
+                        for gate in in_head.values():
+                            gate.set_sparsity(sparsity)
+                        with observing(in_head, _counter(skipped[sparsity], inputs[sparsity])):
+                            logits = head(hidden[number][row, positions]).float().cpu()
                         if sparsity == 0 and dense is None:
                             expected = logits
                         sums[sparsity].add(logits, target, expected)
+        for gate in in_head.values():
+            gate.forget_threshold()
     outputs = {name: module.out_features for name, module in gated_modules(gated.model).items()}
     counted = MOST if opened_experts(gated.model) else 1.0
     return [_measurement(one, sums[one], skipped[one], inputs[one], outputs, counted) for one in sparsities]

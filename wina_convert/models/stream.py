@@ -20,7 +20,7 @@ from ..format.checkpoint import Checkpoint
 from ..format.config import WinaConfig
 from ..format.dtypes import compute_dtype
 from ..format.folder import Folder
-from ..format.names import WEIGHT
+from ..format.names import WEIGHT, WEIGHT_T
 from ..format.shards import TensorSpec
 from ..format.trust import MAX_LAYERS
 from ..runtime.classes import auto_class
@@ -171,7 +171,9 @@ class StreamedModel:
         embedding, head = (
             self._names_of(module) for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         )
-        own = any(name.endswith(f".{WEIGHT}") for name in head)  # not tied; a tied head may have a bias of its own
+        own = any(
+            name.endswith((f".{WEIGHT}", f".{WEIGHT_T}")) for name in head
+        )  # not tied; a tied head may have a bias of its own
         spared = embedding if own else set()
 
         @torch.no_grad()

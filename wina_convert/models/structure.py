@@ -12,7 +12,7 @@ from ..architectures import Architecture
 from ..errors import SourceError
 from ..format.experts import shares
 from ..format.folder import Folder
-from ..format.names import WEIGHT
+from ..format.names import WEIGHT, WEIGHT_T
 from ..runtime.rule import bytes_read
 
 # fields with the number of decoder layers; a decoder that was trained with an encoder counts apart
@@ -26,7 +26,7 @@ class Projection:
     Attributes:
         name: its module in the model, for example `model.layers.0.mlp.down_proj`.
         key: its name in the checkpoint (the same, but where a checkpoint leaves out the base model's prefix).
-        layer: index of its decoder layer.
+        layer: index of its decoder layer; None: it is the output head.
         in_features: inputs, the columns of W.
         out_features: outputs, the rows of W.
         transposed_in_source: whether the source stores [in, out] already (GPT-2).
@@ -37,7 +37,7 @@ class Projection:
 
     name: str
     key: str
-    layer: int
+    layer: int | None
     in_features: int
     out_features: int
     transposed_in_source: bool
@@ -162,6 +162,30 @@ def find_projections(
     return found
 
 
+def find_head(folder: Folder, model: PreTrainedModel, keys: Mapping[str, str], dtype: torch.dtype | None) -> Projection:
+    """The output head as a projection; arguments as for `find_projections`.
+
+    Raises:
+        SourceError: it is no plain linear map with a tensor of its own.
+    """
+    name, head = head_of(model)
+    key = f"{name}.{WEIGHT}"
+    if type(head) is not nn.Linear or keys.get(key) != key:
+        raise SourceError(
+            f"{folder.name} has no plain weight of its own for the head ({name or type(model).__name__}); leave it dense: take "
+            "head out of --targets"
+        )
+    spec = folder.tensors[key]
+    rows, columns = spec.shape
+    return Projection(name, name, None, columns, rows, False, head.bias is not None, dtype or spec.dtype)
+
+
+def head_of(model: PreTrainedModel) -> tuple[str, nn.Module | None]:
+    """The module that makes logits, with its name; an empty one where there is none."""
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), ""), head
+
+
 def not_read(model: PreTrainedModel, keys: Mapping[str, str], beside: Collection[str] = ()) -> set[str]:
     """The parameters that a token of text does not read: embeddings, of which it looks up a row, and parts for images or sound.
 
@@ -172,8 +196,8 @@ def not_read(model: PreTrainedModel, keys: Mapping[str, str], beside: Collection
         keys: checkpoint key of each stored parameter.
         beside: the modules beside the decoder that text passes as well.
     """
-    head = model.get_output_embeddings()
-    own_head = any(keys.get(f"{name}.{WEIGHT}") for name, module in model.named_modules() if module is head)
+    head, _ = head_of(model)
+    own_head = any(f"{head}.{leaf}" in keys for leaf in (WEIGHT, WEIGHT_T))
     found = {
         f"{name}.{WEIGHT}"
         for name, module in model.named_modules()

@@ -1,5 +1,6 @@
 """Which stored tensors a model takes, and whether it is still the same model without the others."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -8,13 +9,14 @@ from transformers import PreTrainedModel
 
 from ..errors import SourceError
 from ..format.dtypes import FLOATS
-from ..format.names import split_layer
+from ..format.names import WEIGHT, split_layer
 from ..format.shards import TensorSpec
 from ..runtime.keys import check_parameters, checkpoint_keys, parameter_names
 from .discovery import architecture_of
 from .experts import opened
 from .source import Source
 from .stream import build_skeleton
+from .structure import head_of
 
 ADAPTER = re.compile(r"(^|[._])(lora|dora|loha|lokr|ia3|vera|boft|oft|adapter)s?[._]", re.IGNORECASE)
 
@@ -62,6 +64,31 @@ def taken(source: Source, allow_unused: bool = False) -> tuple[Source, tuple[str
         replace(spec, name=renamed[spec.name], stored=spec.name) if spec.name in renamed else spec for spec in specs
     )
     return replace(source, tensors={spec.name: spec for spec in named}), unused
+
+
+def with_own_head(source: Source) -> Source:
+    """The source with a head of its own under the name that it has in the model; where it is tied, a copy of the embedding."""
+    model = build_skeleton(source, torch.float32)
+    name, _ = head_of(model)
+    keys, head = checkpoint_keys(model, source.tensors), f"{name}.{WEIGHT}"
+    tied_to = keys.get(model.all_tied_weights_keys.get(head, ""))
+    if head in keys and keys[head] != head:
+        tensors = {head if key == keys[head] else key: spec for key, spec in source.tensors.items()}
+        return replace(source, tensors=tensors | {head: _named(source.tensors[keys[head]], head)})
+    if head in keys or tied_to is None:
+        return source
+    return untied(replace(source, tensors=source.tensors | {head: _named(source.tensors[tied_to], head)}))
+
+
+def _named(spec: TensorSpec, name: str) -> TensorSpec:
+    """A stored tensor under another name."""
+    return replace(spec, name=name, stored=spec.stored or spec.name)
+
+
+def untied(source: Source) -> Source:
+    """The source with a config that says that head and embedding are two tensors."""
+    config = source.config | {"tie_word_embeddings": False}
+    return replace(source, config=config, config_text=json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def check_stored(source: Source, model: PreTrainedModel, keys: dict[str, str], cast: bool) -> None:

@@ -14,6 +14,7 @@ from .documents import read_documents
 from .source import Source
 
 HELD_OUT = 16  # sequences kept for verification, at most
+STRETCHES = 12  # of a text, of which some are for thresholds alone; the bundled one has 15 documents
 CHARACTERS_PER_TOKEN = 20  # read at most so many for a token that is needed: several times what text takes
 
 
@@ -115,6 +116,36 @@ def split(packed: Tensor, samples: int, seed: int) -> tuple[Tensor, Tensor]:
     return packed[order[held_out : held_out + samples]], packed[order[:held_out]]
 
 
+def split_apart(packed: Tensor, samples: int, others: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose sequences whose neighbours in the text are not among the others.
+
+    A basis that was found on a text suits what stands near it too: thresholds fitted there would skip less of anything else.
+    So they come from stretches of their own, spread over the text, and at most a third of it.
+
+    Args:
+        packed: [N, S], in the order of the text.
+        samples: calibration sequences wanted.
+        others: sequences wanted to find a basis on, and to learn from.
+        seed: of the choice within the stretches.
+
+    Returns:
+        calibration [at most samples, S], others [at most others, S], those that have no neighbour in the calibration first, and
+        held-out [as many as `split` has, S], which are of the calibration's stretches.
+    """
+    rows = len(packed)
+    held_out = min(HELD_OUT, max(1, rows // 8))
+    count = min(STRETCHES, rows)
+    wanted = max(held_out + 1, min(held_out + samples, rows // 3))
+    taken = math.ceil(wanted * count / rows)
+    own = {int((number + 0.5) * count / taken) for number in range(taken)}
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    inside = torch.tensor([int(row) * count // rows in own for row in order])
+    near, far = order[inside], order[~inside]
+    end = held_out + min(samples, max(1, rows // 3 - held_out))
+    rest = torch.cat([far, near[end:]])[:others]
+    return packed[near[held_out:end]], packed[rest], packed[near[:held_out]]
+
+
 def read_sequences(source: Source, text: str, length: int, wanted: int, seed: int) -> tuple[Tensor, Tensor]:
     """Calibration and held-out sequences, as `split` returns them, of a calibration text in a model's tokens.
 
@@ -129,10 +160,21 @@ def read_sequences(source: Source, text: str, length: int, wanted: int, seed: in
         CalibrationError: the text cannot be read or is too short, or the tokenizer is another model's.
         SourceError: the model has no tokenizer.
     """
+    return split(_packed(source, text, length, wanted), wanted, seed)
+
+
+def read_apart(
+    source: Source, text: str, length: int, samples: int, others: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Calibration sequences, others and held-out ones, as `split_apart` returns them; arguments and errors as for both."""
+    return split_apart(_packed(source, text, length, samples + others), samples, others, seed)
+
+
+def _packed(source: Source, text: str, length: int, wanted: int) -> Tensor:
     documents = read_documents(text)
     packed = sequences(documents, load_tokenizer(source), length, wanted + HELD_OUT, text)
     check_vocabulary(packed, source)
-    return split(packed, wanted, seed)
+    return packed
 
 
 def check_vocabulary(tokens: Tensor, folder: Folder) -> None:

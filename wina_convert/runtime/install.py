@@ -60,6 +60,8 @@ def gate(model: nn.Module, config: WinaConfig, tables: Callable[[str, Tensor], M
         module.train(plain.training)
         keep_hook(plain, module)
         model.set_submodule(name, module)
+        if _place(gated) is None:  # a head that was tied is no longer
+            model.config.tie_word_embeddings = False  # type: ignore[union-attr]
     _finish(model, config)
 
 
@@ -87,6 +89,8 @@ def _matched(model: nn.Module, config: WinaConfig) -> dict[str, str]:
             for name in (by_end.get(_end(gated), ()) if "." in gated else linears)
             if f".{name}".endswith(f".{gated}") or f".{gated}".endswith(f".{name}")
         ] or by_place.get(_place(gated), [])
+        if not matches and _place(gated) is None and _headless(model):
+            continue
         if len(matches) != 1:
             raise CheckpointError(
                 f"config.json gates {gated!r}, which matches {len(matches)} linear projections of this "
@@ -94,6 +98,12 @@ def _matched(model: nn.Module, config: WinaConfig) -> dict[str, str]:
             )
         found[gated] = matches[0]
     return found
+
+
+def _headless(model: nn.Module) -> bool:
+    """Whether it is a base model, loaded without the head that its checkpoint gates."""
+    head = getattr(model, "get_output_embeddings", None)
+    return head is not None and head() is None
 
 
 def _gate_like(plain: Any, config: WinaConfig, device: torch.device) -> WinaLinear:
@@ -109,6 +119,7 @@ def _gate_like(plain: Any, config: WinaConfig, device: torch.device) -> WinaLine
         device,
         config.biases,
         Conv1D if isinstance(plain, Conv1D) else nn.Linear,
+        config.low_rank,
     )
 
 

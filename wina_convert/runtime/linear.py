@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..format.curve import threshold_at
+from ..format.low_rank import LOW_RANK_IN, LOW_RANK_OUT, rank_of
 from ..format.names import BIASES, COLUMN_NORMS, THRESHOLDS
 from .kernels import dense_linear, gated_linear, gated_linears, refuse_graph
-from .rule import cutoffs
+from .rule import cutoffs, dropped
 
 EXACT = (COLUMN_NORMS, THRESHOLDS, BIASES, "tau")  # stay float32 when the model is cast
 TOGETHER = ("cpu", "cuda")  # devices on which several products of the same x cost less in one call
@@ -42,6 +43,8 @@ class WinaLinear(nn.Module):
         thresholds: [K], float32: one threshold for each sparsity of `grid`.
         bias: [out], the model's dtype, or None.
         biases: [K, out], float32: what is added to `bias` at each sparsity of `grid`, nothing at 0; or None.
+        low_rank_in, low_rank_out: [in, r] and [r, out], the model's dtype: what multiplies the inputs that are skipped, at any
+            sparsity above 0; or None.
         tau: [in], float32: `thresholds` at `sparsity`, over `column_norms`; None until `set_sparsity`, and for good where
             the weights are offloaded: then each call computes it.
         shifted: [out], the model's dtype: `bias` with `biases` at `sparsity`; None as `tau`, and where there are no `biases`.
@@ -66,6 +69,7 @@ class WinaLinear(nn.Module):
         device: torch.device | str | None = None,
         biases: bool = False,
         plain: type[nn.Module] = nn.Linear,
+        low_rank: float = 0.0,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -88,6 +92,11 @@ class WinaLinear(nn.Module):
         self.biases: nn.Parameter | None
         shifts = frozen(len(self.grid), out_features, dtype=torch.float32) if biases else None
         self.register_parameter(BIASES, shifts)
+        self.low_rank_in: nn.Parameter | None
+        self.low_rank_out: nn.Parameter | None
+        rank = rank_of(low_rank, in_features, out_features)
+        self.register_parameter(LOW_RANK_IN, frozen(in_features, rank, dtype=dtype) if low_rank else None)
+        self.register_parameter(LOW_RANK_OUT, frozen(rank, out_features, dtype=dtype) if low_rank else None)
         self.tau: Tensor | None
         self.shifted: Tensor | None
         self.register_buffer("tau", None, persistent=False)
@@ -157,10 +166,13 @@ class WinaLinear(nn.Module):
         weight_t = self.weight_t
         operand = x if x.dtype == weight_t.dtype else x.to(weight_t.dtype)  # under autocast
         if not (self.siblings and self._together(x, weight_t)):
-            return gated_linear(operand, weight_t, self._tau(x), self._bias(x))
+            tau = self._tau(x)
+            return self._completed(gated_linear(operand, weight_t, tau, self._bias(x)), operand, tau)
         group = (self, *self.siblings)
         weights_t, biases = [module.weight_t for module in group], [module._bias(x) for module in group]
-        own, *ys = gated_linears(operand, weights_t, [module._tau(x) for module in group], biases)
+        taus = [module._tau(x) for module in group]
+        found = gated_linears(operand, weights_t, taus, biases)
+        own, *ys = [part._completed(y, operand, tau) for part, y, tau in zip(group, found, taus, strict=True)]
         HANDOVER.left = (x, tuple([(module, module.tau, y) for module, y in zip(self.siblings, ys, strict=True)]))
         return own
 
@@ -177,6 +189,13 @@ class WinaLinear(nn.Module):
             return self.bias
         shifted = self.shifted if self.tau is not None else self._shifted()
         return self.bias if shifted is None else shifted
+
+    def _completed(self, y: Tensor, x: Tensor, tau: Tensor) -> Tensor:
+        """y [..., out] with what the low-rank term makes of the inputs that were skipped; at sparsity 0 as it is."""
+        if self.low_rank_in is None or self.low_rank_out is None or self.sparsity == 0 or self._dense(x):
+            return y
+        skipped = torch.where(dropped(x, tau), x, torch.zeros((), dtype=x.dtype, device=x.device))
+        return y + skipped @ self.low_rank_in @ self.low_rank_out
 
     def _dense(self, x: Tensor) -> bool:
         """Whether this call uses every input."""

@@ -158,8 +158,8 @@ def check_files(model: "PreTrainedModel", files: Sequence[str]) -> None:
         raise CheckpointError(f"{folder}: config.json names other weights than the folder's; do not use it")
     head = model.get_output_embeddings()
     base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
-    heads = {f"{name}.weight" for name, module in model.named_modules() if module is head}
-    new = [name for name in model.state_dict() if not name.startswith(base) and name not in heads]
+    heads = {name for name, module in model.named_modules() if module is head}
+    new = [name for name in model.state_dict() if not name.startswith(base) and name.rpartition(".")[0] not in heads]
     with as_checkpoint_error(folder):
         check_parameters(model, checkpoint_keys(model, specs), specs, new)
 

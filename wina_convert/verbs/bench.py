@@ -190,12 +190,19 @@ def _step(model: Any, sparsity: float | None, tokens: Tensor, cache: Any) -> tup
     return perf_counter() - start, out.past_key_values
 
 
+def _factors(module: WinaLinear) -> list[Tensor]:
+    """The low-rank term of a projection, where it has one."""
+    return [tensor for tensor in (module.low_rank_in, module.low_rank_out) if tensor is not None]
+
+
 @torch.inference_mode()
 def _load_per_token(model: Any, sparsity: float | None, prompt: Tensor, tokens: int) -> tuple[int, float | None]:
     """Bytes of weights and cutoffs that a token after the prompt reads, and the fraction of inputs it skips, on average."""
     gates = gated_modules(model)
     own = {
-        id(tensor) for module in gates.values() for tensor in (module.weight_t, module.column_norms, module.thresholds)
+        id(tensor)
+        for module in gates.values()
+        for tensor in (module.weight_t, module.column_norms, module.thresholds, *_factors(module))
     }
     # An embedding is looked up, a row a token, unless it is the head as well.
     head = getattr(model.get_output_embeddings(), "weight", None)
@@ -219,5 +226,7 @@ def _load_per_token(model: Any, sparsity: float | None, prompt: Tensor, tokens: 
     skipped = {name: dropped_inputs[name] / inputs[name] for name in seen}
     read = {name: inputs[name] / tokens / module.in_features for name, module in seen.items()}  # times a token
     gated = sum(read[name] * bytes_read(m.weight_t.nbytes, m.in_features, skipped[name]) for name, m in seen.items())
+    if sparsity > 0:
+        gated += sum(read[name] * tensor.nbytes for name, module in seen.items() for tensor in _factors(module))
     weights = {name: read[name] * module.weight_t.nbytes for name, module in seen.items()}
     return round(others + gated), sum(skipped[name] * weights[name] for name in seen) / sum(weights.values())

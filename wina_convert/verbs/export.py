@@ -16,6 +16,7 @@ from ..format.checkpoint import Checkpoint, open_checkpoint
 from ..format.dtypes import compute_dtype
 from ..format.experts import split_expert
 from ..format.folder import copy_sidecars
+from ..format.low_rank import LOW_RANK
 from ..format.manifest import entry, read_manifest
 from ..format.names import (
     BIASES,
@@ -149,7 +150,9 @@ def _plan(checkpoint: Checkpoint) -> list[tuple[TensorSpec, str, bool]]:
                 f"{folder.path}: {name!r} is no linear map of {list(stored)} in the model of config.json; get it again"
             )
         weights[f"{key}.{WEIGHT_T}"] = (f"{key}.{WEIGHT}", stored, transposed)
-        dropped |= {f"{key}.{leaf}" for leaf in (WEIGHT, COLUMN_NORMS, THRESHOLDS, BIASES)}  # the first: the sentinel
+        dropped |= {
+            f"{key}.{leaf}" for leaf in (WEIGHT, COLUMN_NORMS, THRESHOLDS, BIASES, *LOW_RANK)
+        }  # the first: the sentinel
     plan = []
     for key, spec in folder.tensors.items():
         if key not in dropped:
@@ -187,8 +190,11 @@ def _differences(checkpoint: Checkpoint, signed: bool) -> tuple[str, ...]:
     try:
         report = json.loads((checkpoint.folder.path / REPORT).read_bytes())
         dtype, unused = str(report["options"]["dtype"]), len(report.get("unused", ()))
+        copied = report.get("head", {}).get("copied_bytes", 0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return (*found, f"{REPORT} cannot be read")
+    if copied:
+        found.append("the head was tied to the embedding and is a tensor of its own")
     if dtype != "auto":
         found.append(f"the conversion stored it in {dtype}")
     if unused:

@@ -10,6 +10,7 @@ from ..fitting.budget import Budget, budget_of, kind_of
 from ..format.checkpoint import open_checkpoint
 from ..format.curve import threshold_at
 from ..format.experts import shares, split_expert
+from ..format.low_rank import low_rank_bytes
 from ..format.names import REPORT, WEIGHT_T, split_layer
 from ..format.shards import TensorSpec
 from ..runtime.rule import bytes_read, overall
@@ -17,18 +18,18 @@ from ..runtime.rule import bytes_read, overall
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One decoder layer of a WINA checkpoint.
+    """One decoder layer of a WINA checkpoint, or its head.
 
     Attributes:
-        layer: its index.
+        layer: its index; None: the head.
         nbytes: bytes of its gated weights.
         thresholds: at the default sparsity, by projection.
         achieved: fraction skipped on held-out text at conversion; None where there is no report for it.
-        bytes_per_token: bytes of gated weights and cutoffs that a token reads at the default sparsity; of experts, as many as
-            it is given.
+        bytes_per_token: bytes of gated weights, cutoffs and low-rank terms that a token reads at the default sparsity; of
+            experts, as many as it is given.
     """
 
-    layer: int
+    layer: int | None
     nbytes: int
     thresholds: dict[str, float]
     achieved: float | None
@@ -48,7 +49,7 @@ class Inspection:
         asked: the fraction asked of each kind of projection at the default sparsity, the mean of its layers.
         biases: whether biases along the sparsity are added.
         basis: the kind of basis that is folded into the weights; "none": the source's.
-        layers: its layers with gated projections.
+        layers: its layers with gated projections, and the head behind them where that is gated.
         measured_at: the sparsity at which `achieved` was measured; None without a report.
         other_bytes: bytes of everything that is not gated.
     """
@@ -80,13 +81,13 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
     keys = checkpoint.gated_keys()
     held_out = _held_out(Path(folder), keys)
     curves, every = checkpoint.curves(), shares(checkpoint.folder.config, keys)
-    by_layer: dict[int, dict[str, str]] = {}  # names by kind
+    by_layer: dict[int | None, dict[str, str]] = {}  # names by kind
     for name in keys:
         place = split_layer(name)
-        assert place is not None  # an opened checkpoint gates projections of layers only
-        by_layer.setdefault(place[1], {})[place[2]] = name
+        layer, kind = place[1:] if place else (None, name)
+        by_layer.setdefault(layer, {})[kind] = name
     layers = []
-    for layer, kinds in sorted(by_layer.items()):
+    for layer, kinds in sorted(by_layer.items(), key=lambda item: (item[0] is None, item[0])):
         names = list(kinds.values())
         weights = {name: specs[f"{keys[name]}.{WEIGHT_T}"] for name in names}
         met = {name: round(every[name] * spec.numel) for name, spec in weights.items()}
@@ -101,7 +102,11 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
                 achieved=overall(seen, met) if seen else None,
                 bytes_per_token=round(
                     sum(
-                        every[name] * bytes_read(spec.nbytes, spec.shape[0], budget.asked(name, sparsity))
+                        every[name]
+                        * (
+                            bytes_read(spec.nbytes, spec.shape[0], budget.asked(name, sparsity))
+                            + (low_rank_bytes(specs, keys[name]) if sparsity > 0 else 0)
+                        )
                         for name, spec in weights.items()
                     )
                 ),

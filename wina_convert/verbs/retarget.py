@@ -13,6 +13,7 @@ from ..format.default import default_line, with_default
 from ..format.durable import replacing
 from ..format.experts import shares
 from ..format.grid import check_sparsity
+from ..format.low_rank import low_rank_bytes
 from ..format.manifest import renewed_manifest
 from ..format.names import CARD, CONFIG, MANIFEST, REPORT, WEIGHT_T
 from ..runtime.rule import bytes_read
@@ -68,6 +69,9 @@ def _described(checkpoint: Checkpoint, sparsity: float) -> dict[str, bytes]:
         met[name] * (spec.nbytes - bytes_read(spec.nbytes, spec.shape[0], budget.asked(name, sparsity)))
         for name, spec in weights.items()
     )
+    if sparsity > 0:
+        keys = checkpoint.gated_keys()
+        skipped -= sum(met[name] * low_rank_bytes(specs, key) for name, key in keys.items())
     try:
         report = json.loads((folder / REPORT).read_bytes())
         reads = report["bytes_per_token"]

@@ -10,10 +10,12 @@ import torch
 from ..defaults import torch_defaults
 from ..errors import CheckpointError, VerificationError, as_checkpoint_error
 from ..fitting.budget import Budget, budget_of
+from ..fitting.low_rank import is_best
 from ..fitting.schemes import Scheme, scheme_of
 from ..format.checkpoint import Checkpoint, open_checkpoint
 from ..format.curve import starts_at_zero
 from ..format.experts import shares
+from ..format.low_rank import LOW_RANK
 from ..format.manifest import entry, files_of, read_manifest, write_manifest
 from ..format.names import BIASES, COLUMN_NORMS, MANIFEST, REPORT, WEIGHT_T, holds_weights
 from ..format.trust import check_folder
@@ -92,6 +94,7 @@ def verify_folder(folder: str | Path, progress: Progress = silent, accept: bool 
         for name, key in keys.items():
             _check_norms(checkpoint, name, key, scheme)
             _check_biases(checkpoint, key)
+            _check_low_rank(checkpoint, key, scheme)
             advance(1)
     _check_budget(checkpoint, budget)
     found = checkpoint.thresholds()
@@ -159,6 +162,19 @@ def _check_biases(checkpoint: Checkpoint, key: str) -> None:
         ((name, biases),) = checkpoint.read([f"{key}.{BIASES}"])
         if not starts_at_zero(biases):
             raise VerificationError(f"{name} are not finite and 0 at sparsity 0; convert again")
+
+
+def _check_low_rank(checkpoint: Checkpoint, key: str, scheme: Scheme) -> None:
+    if bool(checkpoint.config.low_rank) != bool(scheme.low_rank):
+        raise VerificationError(
+            f"{checkpoint.folder.path}: low_rank in config.json is {checkpoint.config.low_rank}, which does not go with scheme "
+            f"{scheme.name!r}; convert again"
+        )
+    if scheme.low_rank:
+        leaves = (WEIGHT_T, *LOW_RANK)
+        weight_t, left, right = (tensor for _, tensor in checkpoint.read(f"{key}.{leaf}" for leaf in leaves))
+        if not is_best(weight_t, left, right):
+            raise VerificationError(f"{key}: the low-rank term is not that of its weights; convert again")
 
 
 def _recorded(folder: Path, checkpoint: Checkpoint) -> dict[str, float] | None:
