@@ -15,6 +15,7 @@ from torch import Tensor
 from support import ROOT, vllm_interface
 from support.edits import edit_tensors
 from support.processes import in_new_process
+from wina_convert.architectures import ARCHITECTURES
 from wina_convert.errors import CheckpointError
 from wina_convert.format.config import WinaConfig
 
@@ -148,6 +149,10 @@ def test_what_is_not_gated_is_left_to_vllm(plugin):
 
 
 # Refusals
+
+
+def test_the_types_that_are_served_are_those_that_the_readme_says(plugin):
+    assert set(plugin.TRIED) == set(ARCHITECTURES) - {"gpt_neox"}
 
 
 @pytest.mark.parametrize("leaf", ["weight_t", "column_norms", "thresholds", "biases"])

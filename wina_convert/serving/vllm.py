@@ -28,7 +28,7 @@ from ..format.names import BIASES, COLUMN_NORMS, THRESHOLDS, WEIGHT, WEIGHT_T
 from ..runtime.kernels import gated_linears
 from ..runtime.rule import cutoffs
 
-TRIED = ("llama",)
+TRIED = ("gemma", "gemma2", "gemma3_text", "gpt2", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
 SHARDS = {None: 0, "q": 0, "k": 1, "v": 2}  # what vLLM calls the parts of a fused layer; other layers count them
 
 
