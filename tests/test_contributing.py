@@ -10,7 +10,7 @@ TEXT = (ROOT / ".github" / "CONTRIBUTING.md").read_text("utf-8")
 HOOKS = (ROOT / ".pre-commit-config.yaml").read_text("utf-8")
 # in backticks or in a line of shell: anything under a top-level name, and the files at the top that are written in capitals
 PATHS = sorted(set(re.findall(r"(?<![\w/.])(?:(?:wina_convert|tests|calibration|\.ci)/[\w./-]*|[A-Z]+\.md)", TEXT)))
-PACKAGES = ["format", "runtime", "models", "fitting", "conversion", "verbs", "cli"]
+PACKAGES = ["format", "runtime", "models", "fitting", "conversion", "verbs", "serving", "cli"]
 
 
 @pytest.mark.parametrize("path", PATHS)

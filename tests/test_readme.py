@@ -125,4 +125,5 @@ def test_the_wheel_brings_the_calibration_text_and_the_entry_points(tmp_path: Pa
     texts = {path.name for path in (ROOT / "calibration" / "text").iterdir()}
     assert {f"wina_convert/_calibration/text/{name}" for name in texts} <= names
     assert "[torch.backends]" in entry_points
+    assert "[vllm.general_plugins]" in entry_points
     assert not any(name.startswith(("tests/", "calibration/")) for name in names)

@@ -10,7 +10,7 @@ import pytest
 import wina_convert
 
 PACKAGE = Path(wina_convert.__file__).parent
-FLOORS = [{"ground"}, {"format"}, {"runtime"}, {"models", "fitting"}, {"conversion", "verbs"}, {"cli"}]
+FLOORS = [{"ground"}, {"format"}, {"runtime"}, {"models", "fitting"}, {"conversion", "verbs", "serving"}, {"cli"}]
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip("."): path
     for path in PACKAGE.rglob("*.py")

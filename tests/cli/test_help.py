@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 import pytest
+from click.testing import CliRunner
 
 import wina_convert as package
 from support.commands import run, run_wina, succeeded
@@ -36,6 +37,13 @@ def test_help_shows_every_option_and_verb(name: str, flag: str):
             assert option in [word.rstrip(",") for word in shown], option
     for verb in getattr(COMMANDS[name], "commands", ()):
         assert verb in shown
+
+
+def test_the_list_of_verbs_says_whole_sentences_in_a_narrow_terminal():
+    shown = CliRunner().invoke(wina, ["--help"], terminal_width=80).stdout
+    listed = re.findall(r"^  (\w+) +(.+)$", shown.partition("Commands:")[2], re.MULTILINE)
+    assert [verb for verb, _ in listed] == sorted(wina.commands)
+    assert all(sentence.endswith(".") and not sentence.endswith("...") for _, sentence in listed)
 
 
 def examples(name: str) -> list[str]:

@@ -2,9 +2,11 @@
 
 import ast
 import re
+from pathlib import Path
 
 from support import ROOT
 from support.pages import VERBS, verbs_page
+from support.picture import PICTURE, draw
 
 TROUBLESHOOTING = (ROOT / ".github" / "TROUBLESHOOTING.md").read_text("utf-8")
 HEADINGS = re.findall(r"^### (.+)$", TROUBLESHOOTING, flags=re.MULTILINE)
@@ -31,6 +33,20 @@ def test_every_message_of_the_troubleshooting_page_exists() -> None:
     unknown = [heading for heading in HEADINGS if heading not in messages()]
     assert len(unknown) == OTHERS, unknown
     assert len(HEADINGS) > 12
+
+
+def test_the_picture_is_drawn_by_the_rule_of_the_package(tmp_path: Path) -> None:
+    assert draw(tmp_path / "picture.png") == 8  # of 16 inputs
+    assert PICTURE.read_bytes().startswith(b"\x89PNG")
+    assert f"]({PICTURE.name})" in (ROOT / ".github" / "HOW_IT_WORKS.md").read_text("utf-8")
+
+
+def test_every_figure_on_the_page_of_expectations_is_in_the_readme() -> None:
+    figure = r"\+?\d+\.\d+(?:%|x| million| billion)"
+    page = (ROOT / ".github" / "WHAT_TO_EXPECT.md").read_text("utf-8")
+    figures = set(re.findall(figure, page))
+    assert len(figures) > 15
+    assert figures <= set(re.findall(figure, (ROOT / "README.md").read_text("utf-8")))
 
 
 def test_links_between_the_pages_lead_somewhere() -> None:

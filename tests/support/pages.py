@@ -8,6 +8,9 @@ VERBS = Path(__file__).parents[2] / ".github" / "VERBS.md"
 INTRODUCTION = """# The verbs
 
 What `wina VERB --help` prints, for every verb. `wina convert` is the same as `wina-convert`.
+
+Completion of verbs, options and folders: `eval "$(_WINA_COMPLETE=bash_source wina)"` in `~/.bashrc`, with `zsh_source` in
+`~/.zshrc`; for fish `_WINA_COMPLETE=fish_source wina | source`. For `wina-convert` the variable is `_WINA_CONVERT_COMPLETE`.
 """
 WIDTH = 100
 

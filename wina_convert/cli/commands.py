@@ -45,7 +45,7 @@ wina.add_command(doctor_command)
 wina.add_command(export_command)
 
 
-@wina.command("inspect")
+@wina.command("inspect", short_help="Show thresholds, sparsity and bytes a token, layer by layer.")
 @click.argument("folder", metavar="DIR", type=click.Path())
 @hub_options
 @quiet_option
@@ -95,7 +95,7 @@ def inspect_command(folder: str, revision: str | None, token: str | None, quiet:
     click.echo(table(rows))
 
 
-@wina.command("eval")
+@wina.command("eval", short_help="Measure perplexity, KL and agreement with the dense model.")
 @click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=click.Path())
 @click.option(
     "--text", "texts", multiple=True, required=True, help="Text file or dataset, as for --calibration; repeat for more."
@@ -168,7 +168,7 @@ def eval_command(
         click.echo(comparison_text(found, texts) if several else evaluation_text(found[0], texts))
 
 
-@wina.command("generate")
+@wina.command("generate", short_help="Continue or answer a prompt, and print the speed.")
 @click.argument("folder", metavar="DIR", type=click.Path())
 @click.option(
     "--prompt", required=True, help="The text to continue, or to answer where the tokenizer has a chat template."
@@ -234,7 +234,7 @@ def generate_command(
         click.echo(f"[{done.tokens} tokens{speed}{small}]", err=True)
 
 
-@wina.command("verify")
+@wina.command("verify", short_help="Check every file, tensor and field of a checkpoint.")
 @click.argument("folder", metavar="DIR", type=click.Path())
 @click.option("--accept", is_flag=True, help="Sign files beside the weights as they are now.")
 @quiet_option
@@ -259,7 +259,7 @@ def verify_command(folder: str, accept: bool, quiet: bool, as_json: bool) -> Non
         click.echo(f"{folder}: {found.files} files are as they were written")
 
 
-@wina.command("retarget")
+@wina.command("retarget", short_help="Change the default sparsity of a checkpoint in place.")
 @click.argument("folder", metavar="DIR", type=click.Path())
 @click.option("--sparsity", type=float, required=True, help="The new default, 0 to 0.95.")
 @quiet_option
@@ -281,7 +281,7 @@ def retarget_command(folder: str, sparsity: float, quiet: bool, as_json: bool) -
         click.echo(f"{folder}: default sparsity is now {sparsity:.1%}")
 
 
-@wina.command("bench")
+@wina.command("bench", short_help="Time the gated model against the dense one.")
 @click.argument("folder", metavar="[DIR]", required=False, type=click.Path())
 @click.option("--random", metavar="SIZE", help="Instead of DIR, a Llama shape with random weights: 1b, 3b or 8b.")
 @click.option("--kernels", is_flag=True, help="Time single products instead of a model.")

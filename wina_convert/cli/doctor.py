@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..verbs.doctor import Diagnosis, Memory
 
 
-@click.command("doctor", cls=Command)
+@click.command("doctor", cls=Command, short_help="Show versions, kernels and how fast memory is read.")
 @json_option
 def doctor_command(as_json: bool) -> None:
     """Show versions, threads, instructions, the measured speed of memory, which kernels would be used and why.

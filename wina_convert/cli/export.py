@@ -17,7 +17,7 @@ from .common import (
 )
 
 
-@click.command("export", cls=Command)
+@click.command("export", cls=Command, short_help="Write the dense model of a checkpoint.")
 @click.argument("folder", metavar="DIR")
 @click.option("--out", required=True, type=click.Path(), help="Folder to write; must not exist.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file.")

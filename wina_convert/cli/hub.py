@@ -5,7 +5,7 @@ import click
 from .common import Command, begin, json_option, print_json, progress_of, quiet_option, quiet_transformers, upload_bars
 
 
-@click.command("push", cls=Command)
+@click.command("push", cls=Command, short_help="Upload a checkpoint to the Hub.")
 @click.argument("folder", metavar="DIR", type=click.Path())
 @click.argument("repository", metavar="USER/NAME")
 @click.option("--private", is_flag=True, help="Make the repository private if it does not exist.")
