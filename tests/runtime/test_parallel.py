@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
 
 from support.families import make_model
 from support.folders import config_of, tensors_of, write_biases
 from support.loaded import equal
 from support.ranks import on_ranks
 from support.shared import Once
-from wina_convert import convert
+from wina_convert import convert, load
 from wina_convert.errors import CheckpointError
 from wina_convert.runtime.loader import WinaQuantizer
 from wina_convert.runtime.quantization import WinaConfig
@@ -26,6 +27,8 @@ FAMILIES = ["llama", "llama-tied", "phi3", "qwen3", "gpt_neox"]
 KINDS = ["stored", "biases"]  # with biases along the sparsity
 
 TENSOR = """
+from wina_convert.format.checkpoint import open_checkpoint
+from wina_convert.verbs.push import _difference as difference
 found = {}
 for folder in map(Path, sys.argv[2:]):
     if dist.is_initialized():
@@ -47,6 +50,7 @@ for folder in map(Path, sys.argv[2:]):
         divided.dequantize()
     except Exception as error:
         case["restored"] = str(error)
+    case["pushed"] = difference(divided, open_checkpoint(folder))
     found[folder.parent.name + "-" + folder.name] = case
 tell(found)
 """
@@ -103,8 +107,9 @@ def test_it_saves_the_checkpoint_that_it_was_loaded_from(
         assert config_of(saved / case)[name] == config_of(folders[case])[name]
 
 
-def test_it_is_not_turned_back_in_memory(found: list[dict[str, Any]]):
+def test_it_is_not_turned_back_in_memory_and_not_pushed(found: list[dict[str, Any]]):
     for case in found[0].values():
+        assert case["pushed"].endswith(" is divided among processes")
         assert "is not whole in this process" in case["restored"]
         assert "run `wina export DIR --out DENSE`" in case["restored"]
 
@@ -191,3 +196,11 @@ def test_what_cannot_be_divided_is_refused_with_its_reason():
         ):
             plan(*MIXTRAL, {}, **sizes)
     assert plan(*MIXTRAL, {}, tp_size=1)
+
+
+def test_a_transformers_that_divides_in_another_way_is_refused(wina_tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(HfQuantizer, "update_parallel_plan")  # as before 5.21
+    load(str(wina_tiny))
+    monkeypatch.setattr(PreTrainedModel, "_tp_size", 2)
+    with pytest.raises(CheckpointError, match=r"needs transformers 5\.21 or later"):
+        load(str(wina_tiny))
