@@ -88,6 +88,10 @@ def test_what_comes_back_is_the_model(hub: Hub, converted: Path, tmp_path: Path)
     assert f'from_pretrained("{NAME}", revision="half", subfolder="checkpoints/small")' in card
     shutil.copytree(on_hub(hub, ref="half") / "checkpoints" / "small", tmp_path / "downloaded")
     verify_folder(tmp_path / "downloaded")
+    push(tmp_path / "downloaded", "club/small")  # and on from there
+    assert files(on_hub(hub, "club/small"))["README.md"] == files(on_hub(hub))["README.md"].replace(
+        NAME.encode(), b"club/small"
+    )
 
 
 def test_the_snippets_of_a_card_on_the_hub_run_as_pasted(hub: Hub, converted: Path):

@@ -1,6 +1,7 @@
 """A loaded model on devices, in dtypes, and in everything that transformers does with a model."""
 
 import copy
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,16 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
+    StaticCache,
     pipeline,
 )
 
 from support.families import make_model
 from support.folders import tensors_of
 from support.loaded import PROMPT, cutoffs_of, greedy, logits
+from support.reference import reference
 from wina_convert import convert, load, set_sparsity
-from wina_convert.runtime.linear import WinaLinear, gated_modules
+from wina_convert.runtime.linear import WinaLinear, gated_modules, observing
 
 EXACT = ("column_norms", "thresholds", "tau")
 
@@ -87,7 +90,8 @@ def test_casting_a_loaded_model_keeps_norms_thresholds_and_cutoffs(cast, wina_ti
 
 
 def test_a_copy_gives_the_same_logits(model):
-    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(copied), logits(model))
 
 
 def test_a_pipeline_generates_what_generate_does(wina_tiny, model):
@@ -133,10 +137,38 @@ def test_generate_gives_the_same_tokens_whatever_the_cache(options, model):
     assert torch.equal(greedy(model, **options), greedy(model))
 
 
-def test_generate_samples_and_searches_beams(model):
-    for options in ({"do_sample": True}, {"num_beams": 3}):
-        found = model.generate(PROMPT, max_new_tokens=8, min_new_tokens=8, **options)
-        assert found.shape == (1, PROMPT.shape[1] + 8)
+def test_generate_samples(model):
+    found = model.generate(PROMPT, max_new_tokens=8, min_new_tokens=8, do_sample=True)
+    assert found.shape == (1, PROMPT.shape[1] + 8)
+
+
+def test_beams_find_what_they_find_in_the_dense_model_with_its_inputs_masked(model, wina_tiny, tiny):
+    masked = reference(tiny, wina_tiny, 0.5).model
+    assert torch.equal(greedy(model, num_beams=3), greedy(masked, num_beams=3))
+
+
+def test_either_assists_the_other_in_decoding(model, dense):
+    rows: list[int] = []
+    for target, assistant in ((model, dense), (dense, model)):
+        rows.clear()
+        with observing(gated_modules(model), lambda name, gate, x: rows.append(x.shape[-2])):
+            assisted = greedy(target, assistant_model=assistant)
+        assert torch.equal(assisted, greedy(target))
+        assert any(1 < count < PROMPT.shape[1] for count in rows)  # guesses verified together, or caught up with
+
+
+def test_an_exported_program_computes_what_the_model_does(model):
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.model(tokens, use_cache=False).logits
+
+    program = torch.export.export(Logits(), (PROMPT,), strict=False)
+    other = PROMPT.flip(1)
+    torch.testing.assert_close(program.module()(other), logits(model, other), rtol=0, atol=1e-4)
 
 
 def test_a_left_padded_batch_gives_what_single_rows_give(model):
@@ -151,7 +183,7 @@ def test_a_left_padded_batch_gives_what_single_rows_give(model):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch imports its own past
-def test_a_compiled_model_is_one_graph_and_equals_the_eager_one(tmp_path):
+def test_a_compiled_model_is_one_graph_with_a_static_cache_too_and_equals_the_eager_one(tmp_path):
     convert(
         str(make_model("llama", tmp_path / "source", num_hidden_layers=1)),
         tmp_path / "wina",
@@ -169,7 +201,16 @@ def test_a_compiled_model_is_one_graph_and_equals_the_eager_one(tmp_path):
         backend = "aot_eager"
     with torch.no_grad():
         found = torch.compile(small, fullgraph=True, backend=backend)(PROMPT).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    tolerance = {"rtol": 0, "atol": 1e-4 * expected.abs().max().item()}
+    torch.testing.assert_close(found, expected, **tolerance)
+    torch._dynamo.reset()
+    step, cache = torch.compile(small, fullgraph=True, backend="aot_eager"), StaticCache(small.config, max_cache_len=16)
+    with torch.no_grad():
+        parts = [
+            step(tokens, past_key_values=cache, use_cache=True, cache_position=torch.arange(at, at + tokens.shape[1]))
+            for at, tokens in ((0, PROMPT[:, :8]), (8, PROMPT[:, 8:9]), (9, PROMPT[:, 9:]))
+        ]
+    torch.testing.assert_close(torch.cat([part.logits for part in parts], 1), expected, **tolerance)
 
 
 def test_weights_of_gated_projections_can_be_looked_at(model, dense):

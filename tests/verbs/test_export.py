@@ -137,6 +137,31 @@ def test_a_target_that_exists_is_refused(converted: Path, tmp_path: Path):
     assert contents(tmp_path) == before
 
 
+def test_only_an_earlier_export_is_replaced_and_only_where_asked_for(
+    source: Path, converted: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    dense, other = tmp_path / "dense", shutil.copytree(source, tmp_path / "other")
+    export(converted, dense, max_shard_size="30KB")
+    edit_tensor("model.norm.weight", lambda tensor: tensor.add_(1))(dense)
+    before = contents(tmp_path)
+    again = ("export", converted, "--quiet", "--out")
+    refused(
+        run_wina(*again, dense),
+        "exists; choose another --out, or pass --overwrite to replace a model that `wina export`",
+    )
+    for folder in (other, copied):
+        refused(
+            run_wina(*again, folder, "--overwrite"), "is not a model that `wina export` wrote, so --overwrite does not"
+        )
+    with monkeypatch.context() as patched:
+        patch_call(patched, WRITE, 5, failing(RuntimeError("odd")))
+        assert run_wina(*again, dense, "--overwrite").exit_code == 1
+    assert contents(tmp_path) == before
+    succeeded(run_wina(*again, dense, "--overwrite"))
+    assert equal(tensors_of(dense), tensors_of(source))
+    assert len(list(dense.glob("*.safetensors"))) == 1
+
+
 def test_a_plain_model_is_refused(source: Path, tmp_path: Path):
     refused(run_wina("export", source, "--out", tmp_path / "out", "--quiet"), "is not a WINA checkpoint")
     assert contents(tmp_path) == {}

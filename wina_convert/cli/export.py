@@ -19,13 +19,21 @@ from .common import (
 
 @click.command("export", cls=Command, short_help="Write the dense model of a checkpoint.")
 @click.argument("folder", metavar="DIR")
-@click.option("--out", required=True, type=click.Path(), help="Folder to write; must not exist.")
+@click.option("--out", required=True, type=click.Path(), help="Folder to write.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file.")
+@click.option("--overwrite", is_flag=True, help="Replace a model that this command wrote.")
 @hub_options
 @quiet_option
 @json_option
 def export_command(
-    folder: str, out: str, max_shard_size: str, revision: str | None, token: str | None, quiet: bool, as_json: bool
+    folder: str,
+    out: str,
+    max_shard_size: str,
+    overwrite: bool,
+    revision: str | None,
+    token: str | None,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Write the dense model of a checkpoint, as it was before the conversion, to be used without this package.
 
@@ -41,7 +49,7 @@ def export_command(
     found = local(folder, quiet, revision, token)
     from ..verbs.export import export
 
-    done = export(found, out, max_shard_size, progress_of(quiet))
+    done = export(found, out, max_shard_size, progress_of(quiet), overwrite)
     if as_json:
         print_json({"folder": out, "bit_for_bit": not done.differs, **dataclasses.asdict(done)})
     elif not quiet:

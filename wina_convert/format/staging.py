@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,22 @@ class Snapshot:
 
     layers: int
     tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What `overwrite` may replace, and nothing else.
+
+    Attributes:
+        name: for messages, with its article.
+        known: whether a folder is one.
+    """
+
+    name: str
+    known: Callable[[Path], bool]
+
+
+CHECKPOINT = Kind("a WINA checkpoint", lambda folder: (folder / REPORT).is_file())
 
 
 @dataclass(frozen=True)
@@ -78,7 +94,9 @@ def _beside(target: Path, what: str) -> Path:
 
 
 @contextmanager
-def staged(out: Path, identity: Mapping[str, Any], resume: bool, keep: bool, overwrite: bool) -> Iterator[Staging]:
+def staged(
+    out: Path, identity: Mapping[str, Any], resume: bool, keep: bool, overwrite: bool, kind: Kind = CHECKPOINT
+) -> Iterator[Staging]:
     """A hidden folder beside the target, which becomes the target when the with-block succeeds.
 
     If the block fails for a reason outside the conversion (interrupted, disk full), the folder stays for `resume` if `keep` says
@@ -89,7 +107,8 @@ def staged(out: Path, identity: Mapping[str, Any], resume: bool, keep: bool, ove
         identity: everything that decides the bytes of the checkpoint, as JSON.
         resume: go on from the snapshot of an unfinished conversion, where there is one.
         keep: leave the folder when interrupted.
-        overwrite: discard an unfinished conversion.
+        overwrite: discard an unfinished conversion, and replace what is there.
+        kind: what that may be.
 
     Raises:
         CheckpointError: another conversion to this target is running; an unfinished one is there and neither `resume` nor
@@ -104,11 +123,11 @@ def staged(out: Path, identity: Mapping[str, Any], resume: bool, keep: bool, ove
         target.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
         recover(target)
-        check_replaceable(out, overwrite)
+        check_replaceable(out, overwrite, kind)
         snapshot = _begin(out, folder, identity, resume, overwrite)
         kept = False
         yield Staging(folder, dict(identity), snapshot)
-        check_replaceable(out, overwrite)  # hours later
+        check_replaceable(out, overwrite, kind)  # hours later
         _publish(folder, target)
     except Timeout as error:
         raise CheckpointError(
@@ -134,11 +153,11 @@ def staged(out: Path, identity: Mapping[str, Any], resume: bool, keep: bool, ove
                 parent.rmdir()  # only where nothing came
 
 
-def check_target(out: Path, model: str, overwrite: bool) -> None:
+def check_target(out: Path, model: str, overwrite: bool, kind: Kind = CHECKPOINT) -> None:
     """Refuse a target that cannot or must not be written, before anything is spent.
 
     Raises:
-        CheckpointError: it exists (without `overwrite`), is not a WINA checkpoint (with it), lies in the source or holds it, or
+        CheckpointError: it exists (without `overwrite`), is not of the kind (with it), lies in the source or holds it, or
             the folder it goes into cannot be written.
     """
     try:
@@ -149,7 +168,7 @@ def check_target(out: Path, model: str, overwrite: bool) -> None:
     source = Path(model).resolve()
     if Path(model).is_dir() and (target == source or source in target.parents or target in source.parents):
         raise CheckpointError(f"{out} and the source {model} lie one inside the other; choose another --out")
-    check_replaceable(out, overwrite)
+    check_replaceable(out, overwrite, kind)
     nearest = next(parent for parent in target.parents if parent.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         raise CheckpointError(f"{out} cannot be written: {nearest} is read-only or no folder; choose another --out")
@@ -170,21 +189,17 @@ def check_space(out: Path, needed: int) -> None:
         )
 
 
-def check_replaceable(out: Path, overwrite: bool) -> None:
-    """Refuse to take the place of anything but nothing, an empty folder or, with `overwrite`, a WINA checkpoint.
+def check_replaceable(out: Path, overwrite: bool, kind: Kind = CHECKPOINT) -> None:
+    """Refuse to take the place of anything but nothing, an empty folder or, with `overwrite`, a folder of the kind.
 
     Raises:
         CheckpointError: something else is there.
     """
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
-            raise CheckpointError(
-                f"{out} exists; choose another --out, or pass --overwrite to replace a WINA checkpoint"
-            )
-        if not (out / REPORT).is_file():
-            raise CheckpointError(
-                f"{out} is not a WINA checkpoint, so --overwrite does not replace it; choose another --out"
-            )
+            raise CheckpointError(f"{out} exists; choose another --out, or pass --overwrite to replace {kind.name}")
+        if not kind.known(out):
+            raise CheckpointError(f"{out} is not {kind.name}, so --overwrite does not replace it; choose another --out")
     elif out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; choose another --out")
 

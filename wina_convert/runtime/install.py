@@ -15,6 +15,7 @@ from ..format.grid import check_sparsity
 from ..format.names import WEIGHT, WEIGHT_T, split_layer
 from .experts import open_experts, tell_prefill
 from .linear import DenseLinear, WinaLinear, gated_modules
+from .parallel import at_hand, local
 
 
 def install(model: nn.Module, config: WinaConfig) -> None:
@@ -153,11 +154,11 @@ def configure(model: nn.Module, config: WinaConfig) -> None:
         CheckpointError: norms, thresholds or biases are no such numbers.
     """
     for name, module in gated_modules(model).items():
-        norms = module.column_norms
-        good = (norms.isfinite() & (norms >= 0)).all() & ascends(module.thresholds)
+        norms = local(module.column_norms)
+        good = (norms.isfinite() & (norms >= 0)).all() & ascends(local(module.thresholds))
         if module.biases is not None:
-            good = good & starts_at_zero(module.biases)
-        if not good.is_meta and not good:
+            good = good & starts_at_zero(local(module.biases))
+        if at_hand(module.weight_t) and not good:
             raise CheckpointError(
                 f"{name}: column norms are not finite and positive, thresholds not ascending from 0, or biases not finite from "
                 "0; the checkpoint is damaged: get or convert it again"

@@ -12,6 +12,7 @@ from ..format.curve import threshold_at
 from ..format.low_rank import LOW_RANK_IN, LOW_RANK_OUT, rank_of
 from ..format.names import BIASES, COLUMN_NORMS, THRESHOLDS
 from .kernels import dense_linear, gated_linear, gated_linears, refuse_graph
+from .parallel import at_hand, by_inputs, divided, first, local
 from .rule import cutoffs, dropped
 
 EXACT = (COLUMN_NORMS, THRESHOLDS, BIASES, "tau")  # stay float32 when the model is cast
@@ -46,8 +47,9 @@ class WinaLinear(nn.Module):
         low_rank_in, low_rank_out: [in, r] and [r, out], the model's dtype: what multiplies the inputs that are skipped, at any
             sparsity above 0; or None.
         tau: [in], float32: `thresholds` at `sparsity`, over `column_norms`; None until `set_sparsity`, and for good where
-            the weights are offloaded: then each call computes it.
+            the weights are offloaded or FSDP's: then each call computes it.
         shifted: [out], the model's dtype: `bias` with `biases` at `sparsity`; None as `tau`, and where there are no `biases`.
+            Where tensor parallelism adds up products, `bias` is added to the sum, and the rest by one process.
         dense_prefill: compute calls with several tokens a sequence without skipping.
         several: whether the next call is one; None: the shape of x tells.
         siblings: projections that are called after this one with the same x; this one computes their products too, where
@@ -123,8 +125,8 @@ class WinaLinear(nn.Module):
             raise OptionError(f"sparsity is {sparsity}; this checkpoint has thresholds up to {self.grid[-1]}")
         self.sparsity = sparsity
         with torch.inference_mode(False):  # or a gradient could not pass it later
-            self.tau = None if self.thresholds.is_meta else self._cutoffs()
-            self.shifted = None if self.thresholds.is_meta else self._shifted()
+            self.tau = self._cutoffs() if at_hand(self.weight_t) else None
+            self.shifted = self._shifted() if at_hand(self.weight_t) else None
 
     def set_threshold(self, threshold: Tensor | float, sparsity: float = 0.0) -> None:
         """Skip the inputs whose score is at most this, a float32 scalar, instead of what the stored curve says.
@@ -136,7 +138,7 @@ class WinaLinear(nn.Module):
         self.sparsity = sparsity
         value = torch.as_tensor(threshold, dtype=torch.float32, device=self.column_norms.device)
         with torch.inference_mode(False):
-            self.tau = cutoffs(value, self.column_norms)
+            self.tau = cutoffs(value, local(self.column_norms))
             self.shifted = self._shifted()
 
     def forget_threshold(self) -> None:
@@ -144,14 +146,18 @@ class WinaLinear(nn.Module):
         self.tau = self.shifted = None
 
     def _cutoffs(self) -> Tensor:
-        return cutoffs(threshold_at(self.thresholds, self.grid, self.sparsity), self.column_norms).detach()
+        return cutoffs(threshold_at(self.thresholds, self.grid, self.sparsity), local(self.column_norms)).detach()
 
     def _shifted(self) -> Tensor | None:
         """The bias at the sparsity [out]; None where it is `bias` itself."""
         if self.biases is None or self.sparsity == 0:  # at 0 the dense layer, which may have none
             return None
-        shift = threshold_at(self.biases, self.grid, self.sparsity)
-        return (shift if self.bias is None else self.bias + shift).to(self.weight_t.dtype).detach()
+        shift = threshold_at(local(self.biases), self.grid, self.sparsity)
+        if by_inputs(self.weight_t):
+            shift = shift if first(self.weight_t) else torch.zeros_like(shift)
+        elif self.bias is not None:
+            shift = local(self.bias) + shift
+        return shift.to(self.weight_t.dtype).detach()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the model's dtype."""
@@ -209,7 +215,8 @@ class WinaLinear(nn.Module):
             return False
         for module in self.siblings:
             other = module.weight_t
-            if other.device != device or other.dtype != dtype:  # an offloaded one is brought just before its own call
+            # One that is offloaded or divided among processes is brought just before its own call.
+            if other.device != device or other.dtype != dtype or divided(other):
                 return False
             if module._forward_pre_hooks:  # which may give it another x, or another threshold
                 return False
@@ -223,7 +230,7 @@ class WinaLinear(nn.Module):
             tensor = getattr(self, name)
             if tensor.dtype != exact.dtype:
                 tensor.data = exact.to(tensor.device)
-        if self.shifted is not None and not self.thresholds.is_meta:
+        if self.shifted is not None and at_hand(self.weight_t):
             self.shifted = self._shifted()  # in the new dtype, not rounded twice
         return self
 
@@ -240,7 +247,7 @@ class DenseLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the model's dtype."""
         trained = any(tensor is not None and tensor.requires_grad for tensor in (x, self.weight, self.bias))
-        plain = (trained and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu")
+        plain = (trained and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu") or divided(self.weight)
         if not plain and x.device.type == "cpu" and x.dtype == self.weight.dtype:
             return dense_linear(x, self.weight, self.bias)
         return super().forward(x)

@@ -21,6 +21,7 @@ from .experts import opened_experts
 from .grouping import group
 from .install import configure, install
 from .linear import gated_modules
+from .parallel import divide
 from .quantization import WinaConfig
 from .saving import own
 
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 SPLIT = (
     "a model that is split among processes cannot be gated while it is loaded: a column norm is taken over the whole column, and "
     "calibration runs whole layers; convert it with wina-convert and load that"
+)
+SPLIT_MIXTURE = (
+    "a mixture of experts cannot be split among processes: each of its experts is a module of its own, for which transformers "
+    'has no plan; load it in one process, over several devices with device_map="auto"'
 )
 # how a config is found, of what `from_pretrained` takes
 WHERE = ("cache_dir", "code_revision", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
@@ -72,11 +77,23 @@ class WinaQuantizer(HfQuantizer):
             check_files(model, checkpoint_files)
             self.folder = Path(checkpoint_files[0]).parent
 
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        chosen = getattr(model.config, "distributed_config", None)
+        if chosen is not None and self.mixture and (chosen.tp_size > 1 or chosen.ep_size > 1):
+            raise CheckpointError(SPLIT_MIXTURE)
+        if chosen is not None and chosen.tp_size > 1 and chosen.dp_size > 1:
+            raise CheckpointError(
+                "a gated model is divided either by tensor parallelism or by FSDP, not by both; leave one out"
+            )
+        divide(plan, gated_modules(model), chosen)
+
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from . import attention  # here, because transformers imports this module before it is complete
 
         if not self.pre_quantized:
             self._gate(model)
+        if getattr(model, "_tp_size", None) and not hasattr(HfQuantizer, "update_parallel_plan"):
+            raise CheckpointError("tensor parallelism of a gated model needs transformers 5.21 or later; upgrade it")
         configure(model, self.quantization_config)
         group(model)
         attention.use(model, not self.chosen_attention)
@@ -119,7 +136,9 @@ class WinaQuantizer(HfQuantizer):
         return [entry for entry in weight_conversions if not (self.pre_quantized and joins(entry))]
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        name = next(iter(gated_modules(model)))
+        gates, first = list(gated_modules(model)), f".{self.quantization_config.modules[0]}"
+        # of the base model alone the names are shorter; a text part of a larger model may have others
+        name = next((name for name in gates if first.endswith(f".{name}") or f".{name}".endswith(first)), gates[0])
         return model.state_dict() | {f"{name}.{WEIGHT}": sentinel()}, {}
 
     def is_serializable(self) -> bool:

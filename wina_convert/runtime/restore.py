@@ -10,6 +10,7 @@ from . import attention
 from .experts import opened_experts
 from .install import keep_hook
 from .linear import DenseLinear, WinaLinear, gated_modules
+from .parallel import divided
 
 
 def restore(model: Any, dtype: torch.dtype | None = None) -> None:
@@ -26,7 +27,7 @@ def restore(model: Any, dtype: torch.dtype | None = None) -> None:
     """
     gates = gated_modules(model)
     for name, gate in gates.items():
-        if gate.weight_t.is_meta or tuple(gate.weight_t.shape) != (gate.in_features, gate.out_features):
+        if gate.weight_t.is_meta or divided(gate.weight_t):
             raise CheckpointError(
                 f"the weight of {name} is not whole in this process; load the model without offloading or tensor parallelism, or "
                 "run `wina export DIR --out DENSE`"

@@ -34,7 +34,7 @@ from ..format.names import (
 )
 from ..format.shard_writer import ShardWriter, shard_bytes
 from ..format.shards import TensorSpec
-from ..format.staging import check_space, check_target, staged
+from ..format.staging import Kind, check_space, check_target, staged
 from ..models.stream import build_skeleton
 from ..progress import Progress, silent
 
@@ -43,12 +43,24 @@ MARGIN = 50_000_000  # bytes for what is not weights: tokenizers have some megab
 # Of the card of a checkpoint, what is true of its dense model as well.
 KEPT = ("license", "license_name", "license_link", "language", "datasets", "base_model", "library_name", "pipeline_tag")
 OURS = ("wina", "activation-sparsity")
+MARK = "restored by `wina export` of wina-convert"
 BODY = """
 # {title}
 
-The dense model of a [WINA](https://arxiv.org/abs/2505.19427) checkpoint, restored by `wina export` of wina-convert {version}.
+The dense model of a [WINA](https://arxiv.org/abs/2505.19427) checkpoint, {mark} {version}.
 {said}
 """
+
+
+def _exported(folder: Path) -> bool:
+    """Whether a folder has the card of an export."""
+    try:
+        return MARK in (folder / CARD).read_text("utf-8", errors="replace")
+    except OSError:
+        return False
+
+
+EXPORT = Kind("a model that `wina export` wrote", _exported)
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,13 @@ class Exported:
 
 
 @torch_defaults()
-def export(folder: str | Path, out: str | Path, max_shard_size: str = "5GB", progress: Progress = silent) -> Exported:
+def export(
+    folder: str | Path,
+    out: str | Path,
+    max_shard_size: str = "5GB",
+    progress: Progress = silent,
+    overwrite: bool = False,
+) -> Exported:
     """Write the dense model of a WINA checkpoint: what it computes at sparsity 0, without this package.
 
     Tensors have the names, shapes and dtypes that they had in the source. One is in memory at a time, and the folder appears
@@ -85,21 +103,20 @@ def export(folder: str | Path, out: str | Path, max_shard_size: str = "5GB", pro
 
     Args:
         folder: a WINA checkpoint.
-        out: folder to write; it must not exist, or be empty.
+        out: folder to write; it must not exist, or be empty, without `overwrite`.
         max_shard_size: largest weight file, such as "5GB".
         progress: how to report it.
+        overwrite: replace an earlier export.
 
     Raises:
         OptionError: `max_shard_size` is no size.
-        CheckpointError: the folder is not a WINA checkpoint, or one of a mixture of experts; or `out` exists or cannot be
-            written.
+        CheckpointError: the folder is not a WINA checkpoint, or one of a mixture of experts; or `out` exists, is no export
+            (with `overwrite`) or cannot be written.
         VerificationError: a weight file is not the one of the manifest.
     """
     folder, out = Path(folder), Path(out)
     shard_bytes(max_shard_size)
-    if out.is_dir() and any(out.iterdir()):
-        raise CheckpointError(f"{out} exists; choose another --out")
-    check_target(out, str(folder), overwrite=False)
+    check_target(out, str(folder), overwrite, EXPORT)
     checkpoint = open_checkpoint(folder)
     if any(split_expert(name) for name in checkpoint.config.modules):
         raise CheckpointError(
@@ -116,7 +133,7 @@ def export(folder: str | Path, out: str | Path, max_shard_size: str = "5GB", pro
     if isinstance(named.get("base"), dict):
         source += f", merged onto {named['base'].get('name')}"
     done = Exported(source, len(plan), nbytes, _differences(checkpoint, signed))
-    with staged(out, {}, resume=False, keep=False, overwrite=False) as staging:
+    with staged(out, {}, resume=False, keep=False, overwrite=overwrite, kind=EXPORT) as staging:
         with (
             as_checkpoint_error(folder),
             ShardWriter(staging.folder, [spec for spec, _, _ in plan], max_shard_size) as shards,
@@ -224,5 +241,5 @@ def _write_card(folder: Path, staged_folder: Path, title: str, done: Exported) -
         kept = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict()
     data = ModelCardData(**{name: kept[name] for name in KEPT if name in kept})
     data.tags = [tag for tag in kept.get("tags") or [] if tag not in OURS] or None
-    body = BODY.format(title=title, version=__version__, said=done.said)
+    body = BODY.format(title=title, mark=MARK, version=__version__, said=done.said)
     ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(staged_folder / CARD)

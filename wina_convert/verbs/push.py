@@ -82,6 +82,7 @@ def _retargeted(model: Any, folder: Path) -> dict[str, bytes]:
 def _difference(model: Any, checkpoint: Checkpoint) -> str | None:
     """What in a model is not as in the checkpoint that it was loaded from."""
     from ..runtime.keys import checkpoint_keys, tied  # here: the rest does without transformers
+    from ..runtime.parallel import divided
 
     classes = checkpoint.folder.config.get("architectures") or [type(model).__name__]
     if type(model).__name__ not in classes:
@@ -96,6 +97,8 @@ def _difference(model: Any, checkpoint: Checkpoint) -> str | None:
     for key, stored in checkpoint.read(names):
         for name in names[key]:
             now = state[name]
+            if divided(now):
+                return f"{name} is divided among processes"
             if now.dtype != stored.dtype:
                 return f"{name} is now {now.dtype} and was {stored.dtype}"
             if not now.is_meta and not torch.equal(now.cpu(), stored):  # meta: it was left on the disk
