@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 # Their plans differ: by outputs and inputs; with biases; whole outputs, cut up afterwards; norms of heads; fused heads.
 FAMILIES = ["llama", "llama-tied", "phi3", "qwen3", "gpt_neox"]
-KINDS = ["stored", "biases"]  # with biases along the sparsity
+KINDS = ["stored", "biases", "low-rank"]  # with biases along the sparsity, or a term for what is skipped
 
 TENSOR = """
 from wina_convert.format.checkpoint import open_checkpoint
@@ -62,6 +62,7 @@ def made(family: str, once: Once) -> list[Path]:
     def make(folder: Path) -> None:
         source = make_model(family, folder / "source")
         convert(str(source), folder / "stored", samples=4, seq_len=32, basis="none")
+        convert(str(source), folder / "low-rank", samples=4, seq_len=32, basis="none", scheme="r-sparse")
         write_biases(Path(shutil.copytree(folder / "stored", folder / "biases")), 0.1)
 
     return [once(f"parallel-{family}", make) / kind for kind in KINDS]
@@ -146,7 +147,7 @@ tell(found)
 
 
 def test_fsdp_and_a_pipeline_give_the_logits_of_one_process_and_fsdp_saves(once: Once, tmp_path: Path):
-    _, folder = made("llama", once)
+    _, folder, _ = made("llama", once)
     found = on_ranks(OTHERS, tmp_path, folder)
     for rank in found:
         assert rank == {way: [0.0, 0.0] for way in rank}

@@ -93,6 +93,7 @@ torch.library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.impl("wina::gated_linears", "default", _one_by_one)
+torch.library.impl("wina::gated_linears", "Tracer", refuse_graph)
 torch.library.impl("wina::gated_linears", "cpu", cpu.gated_linears)
 torch.library.impl("wina::gated_linears", "cuda", cuda.gated_linears)
 torch.library.register_fake(
