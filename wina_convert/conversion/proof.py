@@ -117,7 +117,7 @@ def _check_tensor(source: Source, plan: ConversionPlan, checkpoint: Checkpoint, 
     if names != [key] or not source.is_stored(key):
         for name, tensor in stored_tensors(source, plan.steps, [key], device).items():
             read = dict(checkpoint.read([name]))[name]
-            if not _same(tensor, read.to(tensor.device)):
+            if not _same(tensor, read.to(device)):
                 raise VerificationError(f"tensor {name!r} reads back differently; the disk or memory may be faulty")
         return
     if key not in written:

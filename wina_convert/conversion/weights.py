@@ -101,7 +101,7 @@ class Gate:
         weight_t = (tensor if projection.transposed_in_source else tensor.t()).contiguous()
         made = {
             f"{projection.key}.{WEIGHT_T}": weight_t,
-            f"{projection.key}.{COLUMN_NORMS}": self.scheme.column_weights(projection.name, weight_t),
+            f"{projection.key}.{COLUMN_NORMS}": self.scheme.column_weights(projection.name, weight_t).to(tensor.device),
         }
         if self.scheme.low_rank:
             factors = low_rank_factors(weight_t, rank_of(self.scheme.low_rank, *weight_t.shape))
