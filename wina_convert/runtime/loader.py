@@ -88,7 +88,7 @@ class WinaQuantizer(HfQuantizer):
         divide(plan, gated_modules(model), chosen)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        from . import attention  # here, because transformers imports this module before it is complete
+        from . import attention, norms  # here, because transformers imports this module before it is complete
 
         if not self.pre_quantized:
             self._gate(model)
@@ -97,6 +97,7 @@ class WinaQuantizer(HfQuantizer):
         configure(model, self.quantization_config)
         group(model)
         attention.use(model, not self.chosen_attention)
+        norms.use(model)
         for module in model.modules():
             if hasattr(module, "save_pretrained"):  # a part of the model that is saved alone needs the sentinel too
                 module.hf_quantizer = self  # type: ignore[assignment]
