@@ -187,7 +187,8 @@ class WinaLinear(nn.Module):
         From the dicts, for a module's own lookup takes longer than all else: five times a projection, hundreds of times a token.
         """
         parameters, buffers = self._parameters, self._buffers
-        weight_t, tau, bias = parameters["weight_t"], buffers["tau"], parameters["bias"]
+        weight_t, tau = parameters["weight_t"], buffers["tau"]
+        bias: Tensor | None = parameters["bias"]
         assert weight_t is not None
         known = tau is not None
         if tau is None:
