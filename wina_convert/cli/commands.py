@@ -209,6 +209,8 @@ def generate_command(
     from ..models.device import choose_device
     from ..verbs.generate import generate
 
+    quiet_transformers()  # again: it is imported now, and has a bar for reading weights
+
     def write(text: str) -> None:
         if not as_json:
             click.echo(text, nl=False)

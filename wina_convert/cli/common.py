@@ -1,5 +1,7 @@
 """What the commands share: errors in one line, the forms of options, progress, quiet libraries."""
 
+import atexit
+import gc
 import json
 import os
 import sys
@@ -11,6 +13,9 @@ import click
 from .. import __version__
 from ..errors import WinaError, printable
 from ..progress import Progress, bars, lines, silent
+
+# A process that ends would search what torch and transformers made for cycles to free, which takes half a second and more.
+atexit.register(gc.freeze)
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
