@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from support.families import make_type
 from support.reference import assert_dense_at_0, assert_each_product_follows_the_rule, convert
@@ -110,6 +111,17 @@ def test_nothing_is_converted_where_the_twin_fails(
     with pytest.raises(SourceError, match=rf"'opt', which was tried on a small random model.*{what}"):
         convert(dense, tmp_path / "gated")
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_the_twin_is_tried_without_a_bar_of_another_library(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(str(make_type("opt", tmp_path / "dense", ffn_dim=1024)))
+    capfd.readouterr()
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    twin_proof.check_twin(source, silent)
+    assert capfd.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled()
 
 
 def test_the_twin_takes_nothing_from_the_global_generator(tmp_path: Path) -> None:

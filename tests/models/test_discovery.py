@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from support.families import FAMILIES
 from wina_convert.architectures import ARCHITECTURES
 from wina_convert.errors import SourceError
-from wina_convert.models.discovery import discover, observe
+from wina_convert.models.discovery import discover, kind_of, observe
 from wina_convert.models.structure import decoder_layers
 from wina_convert.models.twin import HEAD_DIM, layer_kinds, make_twin, shrink
 
@@ -33,6 +33,13 @@ def test_what_is_found_is_what_the_table_lists(family: str) -> None:
     assert {name: found.prior[name] for name in listed.prior if name.startswith("self_attn.q_")} == {
         name: share for name, share in listed.prior.items() if name.startswith("self_attn.q_")
     }
+
+
+def test_a_checkpoint_and_its_source_in_any_dtype_are_of_one_kind_and_other_widths_are_not() -> None:
+    model, other = skeleton("opt"), skeleton("opt", ffn_dim=1024)
+    expected = kind_of(model)
+    model.config.dtype, model.config.transformers_weights = torch.bfloat16, "pip install wina-convert"
+    assert kind_of(model) == expected != kind_of(other)
 
 
 def test_a_layer_that_returns_a_tuple_is_seen() -> None:

@@ -200,6 +200,7 @@ def test_without_a_network_the_line_says_so(
     use_endpoint(closed, tmp_path / "home", monkeypatch)
     refused(run(NAME, "--out", tmp_path / "out", *dry), NAME, "cannot be reached", "check the network", "local folder")
     assert not (tmp_path / "out").exists()
+    refused(run_wina("inspect", NAME), NAME, "cannot be reached")
     assert not caplog.messages
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from ..errors import SourceError, one_line
 from ..format.config import WinaConfig
@@ -59,7 +60,8 @@ def check_twin(source: Source, progress: Progress) -> None:
 
     with progress("Trying the type of model", 3, "comparison") as advance, torch.no_grad(), _explained(source):
         with tempfile.TemporaryDirectory() as folder:
-            twin.save_pretrained(Path(folder, "twin"))
+            with _without_bars():
+                twin.save_pretrained(Path(folder, "twin"))
             small = open_source(str(Path(folder, "twin")))
             small = opened(small, build_skeleton(small, torch.float32))
             dense = run(twin)
@@ -77,6 +79,16 @@ def check_twin(source: Source, progress: Progress) -> None:
         _compare("the gated model at 50%", run(gated), expected)
         advance(1)
     _passed.add(kind_of(skeleton))
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers' bar for the twin's file off the terminal."""
+    shown, logging._tqdm_active = logging._tqdm_active, False  # disable_progress_bar is for huggingface_hub's bars too
+    try:
+        yield
+    finally:
+        logging._tqdm_active = shown
 
 
 @contextmanager

@@ -37,7 +37,11 @@ _WIDTH = re.compile(
 _WINDOW = re.compile(r"(\w+_)?(sliding_window|window_size|(attention|mamba)_chunk_size)(_\w+)?")
 _TOKEN = re.compile(r"(\w+_)?token_(id|index)")
 _DEPTH = re.compile(r"depth|(\w+_)?layers")  # of a part that is not for text
-_LEFT_OUT = ("architectures", "auto_map", "transformers_version", "dtype", "torch_dtype", "quantization_config")
+# Fields that say nothing of how a model is built.
+LEFT_OUT = (
+    *("architectures", "auto_map", "transformers_version", "transformers_weights"),
+    *("dtype", "torch_dtype", "quantization_config"),
+)
 
 
 def layer_kinds(model: PreTrainedModel) -> list[str]:
@@ -102,7 +106,7 @@ def shrink(config: PreTrainedConfig, layers: int, kept: int, vocabulary: int = V
     small = {
         name: shrink(part, layers, kept, vocabulary) if part is text else _shallow(part) for name, part in parts.items()
     }
-    left_out = (*_LEFT_OUT, *parts)
+    left_out = (*LEFT_OUT, *parts)
     fields = {name: value for name, value in config.to_dict().items() if name not in left_out}
     factor, experts = (_factor(config, fields) if text is config else 1), _experts(fields)
     counts = {*LAYERS, config.attribute_map.get("num_hidden_layers", "")}
@@ -139,7 +143,7 @@ def shrink(config: PreTrainedConfig, layers: int, kept: int, vocabulary: int = V
 
 def _shallow(config: PreTrainedConfig) -> PreTrainedConfig:
     """A config with one layer."""
-    fields = {name: value for name, value in config.to_dict().items() if name not in _LEFT_OUT}
+    fields = {name: value for name, value in config.to_dict().items() if name not in LEFT_OUT}
     one: dict[str, Any] = {name: 1 for name, value in fields.items() if _DEPTH.fullmatch(name) and type(value) is int}
     return type(config)(**fields | one)
 
