@@ -66,6 +66,26 @@ def test_a_subclass_that_computes_something_else_stays_dense(monkeypatch: pytest
     assert "fc2" in found.mlp
 
 
+def test_a_subclass_that_takes_a_part_of_the_features_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = skeleton("opt")
+
+    class Narrow(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(torch.cat([x, x], -1)) if x.shape[-1] < self.in_features else super().forward(x)
+
+    def twin_with_narrow(*arguments: Any) -> PreTrainedModel:
+        twin = make_twin(*arguments)
+        for layer in twin.get_submodule(decoder_layers(twin)).children():
+            wide = layer.fc1.in_features
+            layer.fc1.register_forward_pre_hook(lambda _, inputs, wide=wide: (inputs[0][..., : wide // 2],))
+            layer.fc1.__class__ = Narrow
+        return twin
+
+    monkeypatch.setattr("wina_convert.models.discovery.make_twin", twin_with_narrow)
+    monkeypatch.setattr("wina_convert.models.discovery._seen", {})
+    assert set(discover(model).dense) == {"fc1"}
+
+
 @pytest.mark.parametrize(
     ("model_type", "why"),
     [

@@ -121,8 +121,13 @@ def _stays_dense(name: str, module: nn.Module, observed: Observed) -> str | None
 def _see(called: set[str], name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
     """Note a module that computes W x + b: a subclass may do something else."""
     weight, bias = module.get_parameter(WEIGHT), dict(module.named_parameters(recurse=False)).get("bias")
-    expected = nn.functional.linear(inputs[0], weight.t() if isinstance(module, Conv1D) else weight, bias)
-    if isinstance(output, Tensor) and torch.allclose(output, expected, rtol=1e-3, atol=1e-4):
+    plain = weight.t() if isinstance(module, Conv1D) else weight
+    if not inputs or inputs[0].shape[-1] != plain.shape[1]:  # of a part of the features
+        return
+    expected = nn.functional.linear(inputs[0], plain, bias)
+    if not isinstance(output, Tensor) or output.shape != expected.shape:
+        return
+    if torch.allclose(output, expected, rtol=1e-3, atol=1e-4):
         called.add(name)
 
 
