@@ -135,13 +135,21 @@ RECURRENT = "it has recurrent state only, whose kernels read the weights past th
 SOUND = "it writes codes of sound and no text"
 DRAFTS = "it drafts for another model, whose keys and values it reads"
 
+SHARED = (
+    "several of its layers run one and the same block of attention and feed-forward, whose weights are stored once, and each of "
+    "them would need thresholds of its own"
+)
+
 # Types that cannot be converted, and why.
 REFUSED = {
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"), RECURRENT),
     **dict.fromkeys(("musicgen", "musicgen_melody"), SOUND),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), DRAFTS),
-    **dict.fromkeys(("zamba", "zamba2"), "its layers share the weights of one transformer block"),
+    **dict.fromkeys(("zamba", "zamba2"), SHARED),
     "blt": "it reads bytes with three transformers, none of which has the decoder layers alone",
+    "hy_v4": "some of its layers attend to the tokens that an earlier layer chose, which go past the hidden states",
+    "longcat_flash": "each of its layers is two, with a mixture of experts beside both, and counts as two in its config",
+    "zaya": "its layers pass on what their routers computed, beside the hidden states",
     "hrm_text": "it runs two lists of layers over and over, and not each layer once",
     "cpmant": "it puts states of its own before those of a text",
     "lfm3": "its files call some projections otherwise than the model does",

@@ -34,6 +34,7 @@ from support.families import make_type
 from support.reference import assert_dense_at_0, assert_each_product_follows_the_rule, convert
 from wina_convert.architectures import REFUSED
 from wina_convert.errors import WinaError, one_line
+from wina_convert.models.stream import missing
 
 TABLE = Path(__file__).with_suffix(".md")
 BEGIN, END = "<!-- begin: written by model_types.py -->", "<!-- end -->"
@@ -45,6 +46,10 @@ WRAPPERS = (
     *("internvl", "lfm2_vl", "llava", "llava_next", "mistral3", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"),
     "smolvlm",
 )
+INDEXER = {
+    **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256},
+    **{"indexer_budget": 2048, "indexer_compress_ratio": 16},
+}
 # where a type's default config leaves out what every released model of it says
 MISSING: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
@@ -67,6 +72,10 @@ MISSING: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 7680,
         "moe_shared_expert_intermediate_size": 7680,
     },  # transformers wants multiples
+    "dbrx": {"attn_config": {"rope_theta": 500000}},
+    "qwen4_exp_text": INDEXER,
+    "qwen4_exp": {"text_config": INDEXER},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
 }
 
@@ -81,12 +90,14 @@ def outcome(model_type: str) -> tuple[str, str]:
             dense = make_type(model_type, folder / "dense", **MISSING.get(model_type, {}))
         except WinaError as error:
             return "refused", one_line(error)
+        except ImportError as error:
+            return "refused", f"transformers builds it with {missing(error)}"
         except Exception as error:  # whatever transformers makes of its own default config
             return "refused", f"no model can be built of the type's default config ({one_line(error)[:200]})"
         try:
             convert(dense, folder / "gated")
         except WinaError as error:
-            return "refused", one_line(error).replace("dense is", "it is")
+            return "refused", re.sub(r"^dense ", "it ", one_line(error))
         except Exception as error:
             return "wrong", f"{type(error).__name__}: {one_line(error)[:200]}"
         try:

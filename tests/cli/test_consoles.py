@@ -38,6 +38,7 @@ def test_a_conversion_of_a_name_that_the_console_lacks_ends_well(encoding: str, 
     code, shown = call(encoding, wina_convert, folder, "--out", out, *SMALL)
     assert code == 0
     assert b"Wrote" in shown
+    assert b"Try it: wina generate '" in shown  # a name with a space is quoted as a shell wants it
     assert (out / "wina_manifest.json").exists()
 
 

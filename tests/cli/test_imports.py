@@ -53,3 +53,20 @@ def test_what_runs_no_model_imports_nothing_heavy(discovery: str, source: Path, 
     ]
     found, _ = in_new_process(CODE, json.dumps(steps), json.dumps(HEAVY), TORCH_DEVICE_BACKEND_AUTOLOAD=discovery)
     assert found == [[step[2:], []] for step in steps]
+
+
+GENERATE = """
+import json, sys
+from click.testing import CliRunner
+from wina_convert.cli import wina
+result = CliRunner().invoke(wina, ["generate", sys.argv[1], "--prompt", "a", "--max-new-tokens", "2"])
+print(json.dumps([result.exit_code, result.stderr]))
+"""
+
+
+@pytest.mark.slow
+def test_a_new_process_shows_no_bars_of_other_libraries(converted: Path):
+    (code, shown), _ = in_new_process(GENERATE, converted)
+    assert code == 0
+    assert len(shown.splitlines()) == 1
+    assert shown.startswith("[2 tokens")

@@ -3,11 +3,13 @@
 A dozen stands for all structures; `tests/benchmarks/model_types.py` runs every type that transformers knows.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from support.families import make_type
 from support.reference import assert_dense_at_0, assert_each_product_follows_the_rule, convert
@@ -110,6 +112,34 @@ def test_nothing_is_converted_where_the_twin_fails(
     with pytest.raises(SourceError, match=rf"'opt', which was tried on a small random model.*{what}"):
         convert(dense, tmp_path / "gated")
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize(
+    ("differs", "rounding", "passes"), [(9e-6, 0.0, True), (2e-5, 0.0, False), (2e-5, 1e-5, True), (5e-5, 1e-5, False)]
+)
+def test_logits_may_differ_by_what_the_dense_model_itself_rounds(differs: float, rounding: float, passes: bool) -> None:
+    expected = torch.tensor([0.5, -2.0])
+    with nullcontext() if passes else pytest.raises(SourceError, match="differ by"):
+        twin_proof._compare("the model", expected + 2 * differs, expected, lambda: rounding)
+
+
+def test_what_a_dense_twin_rounds_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, seen = open_source(str(make_type("opt", tmp_path / "dense", ffn_dim=2048))), list[float]()
+    monkeypatch.setattr(twin_proof, "_compare", lambda what, found, expected, rounding: seen.append(rounding()))
+    twin_proof.check_twin(source, silent)
+    assert len(seen) == 3
+    assert all(1e-9 < one < 1e-5 for one in seen)
+
+
+def test_the_twin_is_tried_without_a_bar_of_another_library(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(str(make_type("opt", tmp_path / "dense", ffn_dim=1024)))
+    capfd.readouterr()
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    twin_proof.check_twin(source, silent)
+    assert capfd.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled()
 
 
 def test_the_twin_takes_nothing_from_the_global_generator(tmp_path: Path) -> None:

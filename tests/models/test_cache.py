@@ -58,6 +58,8 @@ def test_a_model_in_a_subfolder_of_a_snapshot_converts(source: Path, tmp_path: P
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.base_model == "org/model"
     assert f"https://huggingface.co/org/model/tree/{COMMIT}/step-1000" in card.text
+    download = f"hf download org/model --revision {COMMIT} --include 'step-1000/*' --local-dir model"
+    assert f"`{download} && wina-convert model/step-1000 --out DIR " in card.text
 
 
 @pytest.mark.parametrize("inner", ["", "wina"])

@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from support.families import FAMILIES
 from wina_convert.architectures import ARCHITECTURES
 from wina_convert.errors import SourceError
-from wina_convert.models.discovery import discover, observe
+from wina_convert.models.discovery import discover, kind_of, observe
 from wina_convert.models.structure import decoder_layers
 from wina_convert.models.twin import HEAD_DIM, layer_kinds, make_twin, shrink
 
@@ -35,6 +35,13 @@ def test_what_is_found_is_what_the_table_lists(family: str) -> None:
     }
 
 
+def test_a_checkpoint_and_its_source_in_any_dtype_are_of_one_kind_and_other_widths_are_not() -> None:
+    model, other = skeleton("opt"), skeleton("opt", ffn_dim=1024)
+    expected = kind_of(model)
+    model.config.dtype, model.config.transformers_weights = torch.bfloat16, "pip install wina-convert"
+    assert kind_of(model) == expected != kind_of(other)
+
+
 def test_a_layer_that_returns_a_tuple_is_seen() -> None:
     assert observe(skeleton("bloom")).outputs > 0
 
@@ -57,6 +64,26 @@ def test_a_subclass_that_computes_something_else_stays_dense(monkeypatch: pytest
     found = discover(model)
     assert found.dense == {"fc1": "its layer does not use it as a plain linear map of text"}
     assert "fc2" in found.mlp
+
+
+def test_a_subclass_that_takes_a_part_of_the_features_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = skeleton("opt")
+
+    class Narrow(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(torch.cat([x, x], -1)) if x.shape[-1] < self.in_features else super().forward(x)
+
+    def twin_with_narrow(*arguments: Any) -> PreTrainedModel:
+        twin = make_twin(*arguments)
+        for layer in twin.get_submodule(decoder_layers(twin)).children():
+            wide = layer.fc1.in_features
+            layer.fc1.register_forward_pre_hook(lambda _, inputs, wide=wide: (inputs[0][..., : wide // 2],))
+            layer.fc1.__class__ = Narrow
+        return twin
+
+    monkeypatch.setattr("wina_convert.models.discovery.make_twin", twin_with_narrow)
+    monkeypatch.setattr("wina_convert.models.discovery._seen", {})
+    assert set(discover(model).dense) == {"fc1"}
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,7 @@ def test_without_a_network_the_line_says_so(
     use_endpoint(closed, tmp_path / "home", monkeypatch)
     refused(run(NAME, "--out", tmp_path / "out", *dry), NAME, "cannot be reached", "check the network", "local folder")
     assert not (tmp_path / "out").exists()
+    refused(run_wina("inspect", NAME), NAME, "cannot be reached")
     assert not caplog.messages
 
 
@@ -208,7 +209,8 @@ def test_in_offline_mode_the_line_says_so(
     dry: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub
 ):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused(run(NAME, "--out", tmp_path / "out", *dry), NAME, "cannot be reached")
+    words = (constants.HF_HUB_CACHE, "HF_HUB_OFFLINE", "local folder")
+    refused(run(NAME, "--out", tmp_path / "out", *dry), NAME, "not in the Hub's cache", *words)
     assert not hub.requests
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers.core_model_loading import WeightRenaming
 
 import wina_convert
 from support.families import make_type
@@ -17,6 +18,7 @@ from wina_convert.errors import SourceError
 from wina_convert.models.source import Source, open_source
 from wina_convert.models.tensors import taken
 from wina_convert.runtime.classes import auto_class
+from wina_convert.runtime.keys import renamed
 
 PARTS = tuple(f"model.layers.0.linear_attn.{one}_conv1d.weight" for one in "qkv")
 WHOLE = "model.layers.0.linear_attn.conv1d.weight"
@@ -94,3 +96,10 @@ def test_a_checkpoint_is_saved_and_loaded_again(dense: Path, tmp_path: Path) -> 
     gated.save_pretrained(tmp_path / "third")
     third = wina_convert.load(str(tmp_path / "third"), sparsity=0.5)
     assert torch.equal(logits(third, prompt), logits(model, prompt))
+
+
+def test_a_name_that_a_rule_would_change_for_nothing_stays() -> None:
+    rule = [WeightRenaming(source_patterns=r"\.norm\.", target_patterns=".kv_norm.")]
+    state = dict.fromkeys(["model.norm.weight", "model.layers.0.kv_norm.weight"], torch.empty(1, device="meta"))
+    found = [renamed(key, rule, [], "model", state)[0] for key in ("model.norm.weight", "model.layers.0.norm.weight")]
+    assert found == list(state)

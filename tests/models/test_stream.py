@@ -1,12 +1,16 @@
 """A model whose layers are loaded one at a time gives what the whole model gives."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from support.breaking import failing
 from support.families import make_type
 from support.reference import dense_model
+from wina_convert.errors import SourceError
+from wina_convert.models import stream
 from wina_convert.models.handed import Stored, packed, unpacked
 from wina_convert.models.source import open_source
 from wina_convert.models.stream import dense_stream
@@ -57,3 +61,21 @@ def test_keys_and_values_that_are_handed_on_come_out_as_they_went_in() -> None:
     assert all(torch.equal(a, b) for kind in pairs for a, b in zip(found[kind], pairs[kind], strict=True))
     row, _ = unpacked(packed(hidden[0], 0, pairs)[1:, :3], 12, 0, stored)  # some tokens of a sequence
     assert torch.equal(row, hidden[0, 1:, :3])
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "TimmModel requires the timm library. You can install it: `pip install timm`. Please note",
+            "pip install timm`",
+        ),
+        ("no module named 'mamba_ssm'", "a library that is not installed (no module named 'mamba_ssm')"),
+    ],
+)
+def test_a_library_that_transformers_misses_is_named(
+    said: str, told: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "model_config", failing(ImportError(said)))
+    with pytest.raises(SourceError, match=re.escape(told)):
+        stream.build_skeleton(open_source(str(tiny)), torch.float32)

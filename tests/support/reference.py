@@ -126,8 +126,13 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 
 
 def assert_dense_at_0(dense: Path, gated: Path) -> None:
-    expected = logits(dense_model(dense), random_prompt(1))
-    assert_close(logits(wina_convert.load(str(gated), sparsity=0.0), random_prompt(1)), expected)
+    """Within 1e-5 of the logits' scale; or within a few times the dense model's own rounding: a recurrence amplifies it."""
+    plain, prompt = dense_model(dense), random_prompt(1)
+    expected, found = logits(plain, prompt), logits(wina_convert.load(str(gated), sparsity=0.0), prompt)
+    if (found - expected).abs().max() > 1e-5 * expected.abs().max():
+        plain.config._experts_implementation = "eager"  # the others do not compute in float64
+        rounding = (logits(plain.double(), prompt) - expected).abs().max()
+        assert (found - expected).abs().max() <= 4 * rounding
 
 
 def assert_equals_reference(dense: Path, gated: Path, sparsity: float) -> None:

@@ -1,6 +1,7 @@
 """`wina verify`: right hashes over wrong content are told, tensor by tensor."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,12 @@ def test_the_command_says_in_one_line_what_is_damaged(copied: Path):
         f"error: {path} was changed since the conversion; get it again: it holds weights, so it is damaged"
     ]
     assert contents(copied) == before
+
+
+def test_a_folder_of_something_else_is_refused_before_all_of_it_is_looked_at(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")  # what a look at every file would meet
+    refused(run_wina("verify", tmp_path), str(tmp_path), "has no config.json")
+    refused(run_wina("verify", tmp_path / "none"), f"there is no folder {tmp_path / 'none'}")
 
 
 EDITS: dict[str, Callable[[Path], object]] = {

@@ -204,10 +204,11 @@ def generate_command(
       wina generate ./llama-wina --prompt "Once upon a time"
     """
     begin(quiet, f"Reading {folder}")
-    quiet_transformers()
     folder = local(folder, quiet, revision, token)
     from ..models.device import choose_device
     from ..verbs.generate import generate
+
+    quiet_transformers()  # which has a bar for reading weights
 
     def write(text: str) -> None:
         if not as_json:

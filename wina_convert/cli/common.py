@@ -1,5 +1,7 @@
 """What the commands share: errors in one line, the forms of options, progress, quiet libraries."""
 
+import atexit
+import gc
 import json
 import os
 import sys
@@ -11,6 +13,9 @@ import click
 from .. import __version__
 from ..errors import WinaError, printable
 from ..progress import Progress, bars, lines, silent
+
+# A process that ends would search what torch and transformers made for cycles to free, which takes half a second and more.
+atexit.register(gc.freeze)
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -95,6 +100,7 @@ def local(folder: str, quiet: bool, revision: str | None, token: str | None) -> 
     """The folder of a checkpoint, downloaded where it is a Hub id; one without a config is refused before slow imports."""
     from pathlib import Path
 
+    quiet_transformers()
     from ..format.folder import read_config
     from ..models.source import checkpoint_folder
 
@@ -121,13 +127,15 @@ def quiet_transformers() -> None:
     # CRITICAL: errors come as exceptions, and may quote a file of anybody's. In the environment for a library that is not
     # imported yet, and need not be for what is refused.
     os.environ |= {"TRANSFORMERS_VERBOSITY": "critical", "HF_HUB_VERBOSITY": "error"}
-    if "transformers" in sys.modules:
+    if "huggingface_hub" in sys.modules:
         from huggingface_hub.utils import logging as hub_logging
+
+        hub_logging.set_verbosity_error()
+    if "transformers" in sys.modules:
         from transformers.utils import logging
 
         logging.set_verbosity(50)
         logging._tqdm_active = False  # disable_progress_bar would take huggingface_hub's bars away as well
-        hub_logging.set_verbosity_error()
 
 
 def download_bar(quiet: bool) -> type[Any]:

@@ -1,5 +1,6 @@
 """Reports and tables as text for a terminal; the command line prints them."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ def report_text(report: dict[str, Any], out: str, seconds: float) -> str:
             *unused_text(report["unused"]),
             *within_text(report["verification"].get("max_ppl_increase")),
             *([f"Uploaded to {report['pushed']}"] if "pushed" in report else []),
-            f'Try it: wina generate {out} --prompt "Once upon a time"',
+            f'Try it: wina generate {shlex.quote(out)} --prompt "Once upon a time"',
         ]
     )
 

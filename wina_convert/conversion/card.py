@@ -1,5 +1,6 @@
 """The model card of a WINA checkpoint: README.md with metadata for the Hub."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ sparsity on your text may differ from that on the calibration text. See `wina_re
 
 ## Reproduce
 
-`wina-convert {base}{revision} --out DIR {options}` with wina-convert {version}, torch {torch}, transformers {transformers}.
+`{command}` with wina-convert {version}, torch {torch}, transformers {transformers}.
 """
 
 
@@ -120,6 +121,18 @@ def _address(source: Source) -> str:
     repository, inner = source.name.split("/")[:2], source.name.split("/")[2:]
     place = ["tree", str(source.revision), *inner] if inner else []
     return "/".join(["https://huggingface.co", *repository, *place])
+
+
+def _command(source: Source, options: dict[str, Any]) -> str:
+    """What a shell makes the checkpoint with again; a model in a subfolder of its repository is downloaded first."""
+    revision = ["--revision", source.revision] if source.revision else []
+    model, first = [source.name, *revision], ""
+    if len(parts := source.name.split("/")) > 2 and source.revision:
+        repository, inner = "/".join(parts[:2]), "/".join(parts[2:])
+        words = ["hf", "download", repository, *revision, "--include", f"{inner}/*", "--local-dir", parts[1]]
+        model, first = [f"{parts[1]}/{inner}"], f"{shlex.join(words)} && "
+    words = [word for name, value in _scalars(options) for word in (f"--{name.replace('_', '-')}", str(value)) if word]
+    return first + shlex.join(["wina-convert", *model, "--out", "DIR", *words])
 
 
 def _strings(value: Any) -> list[str]:
@@ -185,8 +198,7 @@ def write_card(folder: Path, source: Source, report: dict[str, Any], pictures: M
         fewer=f" {options['samples']} were asked for; the text is short." if fewer else "",
         pooled=_pooled(report.get("experts")),
         seed=calibration["seed"],
-        revision=f" --revision {source.revision}" if on_hub else "",
-        options=" ".join(f"--{name.replace('_', '-')} {value}".rstrip() for name, value in _scalars(options)),
+        command=_command(source, options),
         version=report["versions"]["wina-convert"],
         torch=report["versions"]["torch"],
         transformers=report["versions"]["transformers"],

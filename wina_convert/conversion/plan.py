@@ -1,6 +1,7 @@
 """What a conversion will do, from config.json and the safetensors headers alone: no weight is read."""
 
 import fnmatch
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -185,10 +186,11 @@ def _choose(
                 f"which is matched against names like {projections[0].name!r}"
             )
 
-    def matches(projection: Projection, choice: Sequence[str]) -> bool:
-        return any(fnmatch.fnmatchcase(projection.name, pattern) for pattern in choice)
+    def matching(choice: Sequence[str]) -> re.Pattern[str]:
+        return re.compile("|".join(map(fnmatch.translate, choice)) or r"(?!)")  # of no pattern: what nothing matches
 
-    chosen = tuple(p for p in projections if matches(p, patterns) and not matches(p, ignore))
+    wanted, left = matching(patterns), matching(ignore)
+    chosen = tuple(p for p in projections if wanted.match(p.name) and not left.match(p.name))
     if not chosen:
         raise OptionError("nothing is left to gate: --ignore takes away everything that --targets names")
     return chosen

@@ -75,7 +75,8 @@ def draw_sparsity(path: Path, report: Mapping[str, Any], budget: Budget) -> None
             axes.axhline(
                 sum(shares[kind]) / len(shares[kind]), color=line.get_color(), linestyle="--", linewidth=0.8, alpha=0.6
             )
-    axes.axhline(asked, color="black", linestyle="--", linewidth=1.2, label=f"asked {asked:.0%}")
+    thin = "; thin: of each" if budget.shares else ""
+    axes.axhline(asked, color="black", linestyle="--", linewidth=1.2, label=f"asked {asked:.0%}{thin}")
     axes.set(
         xlabel="decoder layer",
         ylabel="fraction of inputs skipped",

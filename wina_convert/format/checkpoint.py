@@ -1,5 +1,6 @@
 """Opens a WINA checkpoint: its config, headers and tensors, held against each other."""
 
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,7 +106,9 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         text, content = read_config(Path(folder))
         block = content.get("quantization_config")
         if not isinstance(block, dict) or block.get("quant_method") != "wina":
-            raise CheckpointError(f"{folder} is not a WINA checkpoint; make one with `wina-convert {folder} --out DIR`")
+            raise CheckpointError(
+                f"{folder} is not a WINA checkpoint; make one with `wina-convert {shlex.quote(str(folder))} --out DIR`"
+            )
         config = WinaConfig.from_dict(block)
         config = replace(config, sparsity=check_sparsity(config.sparsity if config.sparsity is not None else 0.0))
         check_folder(Path(folder))

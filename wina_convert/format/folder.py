@@ -94,6 +94,8 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
         SourceError: it is missing or not a JSON object.
     """
     path = contained(folder, CONFIG)
+    if not folder.is_dir():
+        raise SourceError(f"there is no folder {folder}; give the one that holds a model's {CONFIG}")
     if not path.is_file():
         raise SourceError(f"{folder} has no {CONFIG}; give the folder of a Hugging Face model")
     check_content(path)

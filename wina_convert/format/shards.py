@@ -150,7 +150,7 @@ def read_file_headers(folder: Path, file: str) -> dict[str, TensorSpec]:
         raise SourceError(f"{folder}: shard {file} is missing; download the model again")
     check_content(folder / file)
     try:
-        with safe_open(folder / file, framework="pt") as shard:
+        with safe_open(folder / file, framework="np") as shard:  # torch's way would ask for memory of the file's size
             for name in shard.keys():  # noqa: SIM118 - not a dict
                 entry = shard.get_slice(name)
                 specs[name] = spec_from_header(name, entry.get_dtype(), entry.get_shape(), file)

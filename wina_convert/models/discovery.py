@@ -4,6 +4,7 @@ import functools
 import json
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from ..format.folder import Folder
 from ..format.names import WEIGHT
 from ..runtime.experts import open_experts, opened_experts
 from .structure import decoder_layers, text_part
-from .twin import make_twin
+from .twin import LEFT_OUT, make_twin
 
 TOKENS = 12  # of each of two sequences that the twin is run on
 NARROW = 16  # outputs: of fewer, the float32 cutoffs are more than an eighth of a weight in half precision
@@ -120,14 +121,24 @@ def _stays_dense(name: str, module: nn.Module, observed: Observed) -> str | None
 def _see(called: set[str], name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
     """Note a module that computes W x + b: a subclass may do something else."""
     weight, bias = module.get_parameter(WEIGHT), dict(module.named_parameters(recurse=False)).get("bias")
-    expected = nn.functional.linear(inputs[0], weight.t() if isinstance(module, Conv1D) else weight, bias)
-    if isinstance(output, Tensor) and torch.allclose(output, expected, rtol=1e-3, atol=1e-4):
+    plain = weight.t() if isinstance(module, Conv1D) else weight
+    if not inputs or inputs[0].shape[-1] != plain.shape[1]:  # of a part of the features
+        return
+    expected = nn.functional.linear(inputs[0], plain, bias)
+    if not isinstance(output, Tensor) or output.shape != expected.shape:
+        return
+    if torch.allclose(output, expected, rtol=1e-3, atol=1e-4):
         called.add(name)
 
 
 def kind_of(model: PreTrainedModel) -> tuple[type, str]:
-    """What models that are built alike share: the class and the config."""
-    return type(model), json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+    """What models that are built alike share: the class, and of the config what their twin is made from."""
+
+    def told(fields: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in fields.items() if name not in LEFT_OUT}
+        return {name: told(value) if isinstance(value, dict) else value for name, value in kept.items()}
+
+    return type(model), json.dumps(told(model.config.to_dict()), sort_keys=True, default=str)
 
 
 def observe(model: PreTrainedModel) -> Observed:

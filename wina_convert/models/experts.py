@@ -11,19 +11,14 @@ from typing import TypeVar
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-)
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
 from ..errors import SourceError
 from ..format.experts import split_expert
 from ..format.folder import Folder
 from ..format.shards import Piece, TensorSpec
 from ..runtime.experts import OpenedExperts, opened_experts
+from ..runtime.keys import renamed
 from .joined import joined
 
 _AnyFolder = TypeVar("_AnyFolder", bound=Folder)
@@ -50,7 +45,7 @@ def opened(source: _AnyFolder, model: PreTrainedModel) -> _AnyFolder:
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     found: dict[str, TensorSpec] = {}
     for key, spec in source.tensors.items():
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        name, pattern = renamed(key, renamings, converters, model.base_model_prefix, state)
         if name not in leaves:
             # What would be joined has no place in this model, and what comes twice has one only once: both keep their names.
             kept = key if pattern is not None or name in found else name

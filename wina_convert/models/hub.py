@@ -65,6 +65,11 @@ def explained(model: str, revision: str | None) -> Iterator[None]:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError, ConnectionError) as error:
         if isinstance(error.__cause__, HfHubHTTPError):
             raise _refused(model, error.__cause__) from error
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            raise SourceError(
+                f"{model} is no local folder and not in the Hub's cache {huggingface_hub.constants.HF_HUB_CACHE}, and "
+                "HF_HUB_OFFLINE forbids to download it; unset that, or give a local folder"
+            ) from error
         raise SourceError(
             f"{model} is no local folder and the Hub cannot be reached; check the network, or give a local folder"
         ) from error

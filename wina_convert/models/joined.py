@@ -5,11 +5,11 @@ from typing import TypeVar
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from ..format.folder import Folder
 from ..format.shards import TensorSpec
-from ..runtime.keys import joins
+from ..runtime.keys import joins, renamed
 
 _AnyFolder = TypeVar("_AnyFolder", bound=Folder)
 
@@ -35,7 +35,7 @@ def joined(source: _AnyFolder, model: PreTrainedModel) -> _AnyFolder:
     found: dict[str, TensorSpec] = {}
     parts: dict[str, dict[str, TensorSpec]] = {}  # by the parameter, and by the pattern that their names follow
     for key, spec in source.tensors.items():
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        name, pattern = renamed(key, renamings, converters, model.base_model_prefix, state)
         if pattern in orders and name in state and pattern not in parts.get(name, {}):
             found.setdefault(name, spec)  # its place among the others
             parts.setdefault(name, {})[pattern] = spec

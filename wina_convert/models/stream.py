@@ -6,6 +6,7 @@ run over all hidden states and put back on the meta device before the next one c
 [B, S, features] whatever the model's own form is (see `models.handed`).
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -60,11 +61,20 @@ def build_skeleton(folder: Folder, dtype: torch.dtype) -> PreTrainedModel:
             raise ValueError(f"{config.get_text_config().num_hidden_layers} layers")
         with torch.device("meta"):
             model: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trusted)
+    except ImportError as error:
+        raise SourceError(f"transformers builds {folder.name} with {missing(error)}") from error
     except Exception as error:  # whatever transformers makes of a strange config
         raise SourceError(f"transformers cannot build {folder.name} from its config.json: {one_line(error)}") from error
     model.train(False)
     open_experts(model)
     return model
+
+
+def missing(error: ImportError) -> str:
+    """A library that transformers misses, from what it says: "the library timm, which is not installed ..."."""
+    if found := re.search(r"pip install ([\w.-]+)", str(error)):
+        return f"the library {found[1]}, which is not installed; run `pip install {found[1]}`"
+    return f"a library that is not installed ({one_line(error)})"
 
 
 class StreamedModel:

@@ -5,6 +5,7 @@ What a conversion does to a type of model that no test has seen is tried on the 
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ WINDOW = 8  # positions that a layer with a sliding window sees: fewer than the 
 MOST_LAYERS = 16
 SHORT = ("short_factor", "long_factor")  # of rotary embeddings: a number for every pair of features
 
+HANDED = {"adapter_out_dim"}  # features that a part of images or sound hands to the text part
 LAYERS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "encoder_layers", "num_encoder_layers")
 SHARING = "num_kv_shared_layers"
 PARTIAL = "partial_rotary_factor"  # of the features of a head
@@ -37,7 +39,11 @@ _WIDTH = re.compile(
 _WINDOW = re.compile(r"(\w+_)?(sliding_window|window_size|(attention|mamba)_chunk_size)(_\w+)?")
 _TOKEN = re.compile(r"(\w+_)?token_(id|index)")
 _DEPTH = re.compile(r"depth|(\w+_)?layers")  # of a part that is not for text
-_LEFT_OUT = ("architectures", "auto_map", "transformers_version", "dtype", "torch_dtype", "quantization_config")
+# Fields that say nothing of how a model is built.
+LEFT_OUT = (
+    *("architectures", "auto_map", "transformers_version", "transformers_weights"),
+    *("dtype", "torch_dtype", "quantization_config"),
+)
 
 
 def layer_kinds(model: PreTrainedModel) -> list[str]:
@@ -99,18 +105,16 @@ def shrink(config: PreTrainedConfig, layers: int, kept: int, vocabulary: int = V
     """
     text = config.get_text_config()
     parts = {name: part for name in config.sub_configs if (part := getattr(config, name, None)) is not None}
-    small = {
-        name: shrink(part, layers, kept, vocabulary) if part is text else _shallow(part) for name, part in parts.items()
-    }
-    left_out = (*_LEFT_OUT, *parts)
+    small = {name: shrink(part, layers, kept, vocabulary) for name, part in parts.items() if part is text}
+    small |= {name: _shallow(part, [*small.values()]) for name, part in parts.items() if part is not text}
+    left_out = (*LEFT_OUT, *parts)
     fields = {name: value for name, value in config.to_dict().items() if name not in left_out}
     factor, experts = (_factor(config, fields) if text is config else 1), _experts(fields)
     counts = {*LAYERS, config.attribute_map.get("num_hidden_layers", "")}
 
     def shrunk(name: str, value: Any) -> Any:
-        if isinstance(value, dict):  # some are by the number of a layer
-            kept_keys = (key for key in value if not str(key).isdigit() or int(key) < kept)
-            return {key: shrunk(str(key), value[key]) for key in kept_keys}
+        if isinstance(value, dict):
+            return {key: shrunk(str(key), one) for key, one in _of_layers(value, kept).items()}
         if isinstance(value, list):
             short = value[: len(value) // factor] if name in SHORT else value
             if name in SECTIONS and all(part % factor == 0 for part in value):
@@ -137,11 +141,18 @@ def shrink(config: PreTrainedConfig, layers: int, kept: int, vocabulary: int = V
     return type(config)(**{name: shrunk(name, value) for name, value in fields.items()} | small)
 
 
-def _shallow(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A config with one layer."""
-    fields = {name: value for name, value in config.to_dict().items() if name not in _LEFT_OUT}
+def _shallow(config: PreTrainedConfig, text: Sequence[PreTrainedConfig]) -> PreTrainedConfig:
+    """A config with one layer; where it counts what it hands to the text part, it is for the narrow one."""
+    fields = {name: value for name, value in config.to_dict().items() if name not in LEFT_OUT}
     one: dict[str, Any] = {name: 1 for name, value in fields.items() if _DEPTH.fullmatch(name) and type(value) is int}
-    return type(config)(**fields | one)
+    by_layer = {name: _of_layers(value, 1) for name, value in fields.items() if isinstance(value, dict)}
+    handed = {name: part.hidden_size for part in text for name in HANDED & fields.keys()}
+    return type(config)(**fields | by_layer | one | handed)
+
+
+def _of_layers(value: dict[Any, Any], kept: int) -> dict[Any, Any]:
+    """Without the entries by the number of a layer that is not kept."""
+    return {key: one for key, one in value.items() if not str(key).isdigit() or int(key) < kept}
 
 
 def _experts(fields: dict[str, Any]) -> int:

@@ -4,6 +4,7 @@ Imports transformers' loading machinery, so the loader imports this only when a 
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -23,6 +24,21 @@ def joins(entry: object) -> bool:
     )
 
 
+def renamed(
+    key: str,
+    renamings: list[WeightRenaming],
+    converters: list[WeightConverter],
+    prefix: str,
+    state: dict[str, Any],
+) -> tuple[str, str | None]:
+    """What a checkpoint key is called in a model, and the pattern of the step that makes the parameter, if one does.
+
+    As when transformers loads it: a name that the model has stays where the new one is none of its.
+    """
+    name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+    return (key, None) if name not in state and key in state else (name, pattern)
+
+
 def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     """What each checkpoint key is called in the model, by transformers' own renaming rules; the model need not have it.
 
@@ -32,7 +48,7 @@ def parameter_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, st
     mapping = [] if opened_experts(model) else get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    return {key: rename_source_key(key, renamings, converters, model.base_model_prefix, state)[0] for key in keys}
+    return {key: renamed(key, renamings, converters, model.base_model_prefix, state)[0] for key in keys}
 
 
 def checkpoint_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 Imported by `autoload` once transformers' table of quantizers exists; importing it registers the plug-in.
 """
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -219,7 +220,9 @@ def load(path: str, sparsity: float | None = None, prefill: str | None = None, *
     except Exception as error:  # whatever transformers makes of a strange folder
         raise CheckpointError(f"{path} cannot be loaded: {one_line(error)}") from error
     if not gated_modules(model):
-        raise CheckpointError(f"{path} is not a WINA checkpoint; make one with `wina-convert {path} --out DIR`")
+        raise CheckpointError(
+            f"{path} is not a WINA checkpoint; make one with `wina-convert {shlex.quote(str(path))} --out DIR`"
+        )
     return model
 
 

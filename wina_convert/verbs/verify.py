@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,10 +55,10 @@ def verify_folder(folder: str | Path, progress: Progress = silent, accept: bool 
             config and tensors do not fit together.
     """
     folder = Path(folder)
+    if not (folder / MANIFEST).exists():  # first: a folder of something else may hold any number of files
+        raise _unsigned(folder)
     with as_checkpoint_error():
         check_folder(folder, hidden=True)
-    if not (folder / MANIFEST).exists():
-        raise _unsigned(folder)
     files = read_manifest(folder)
     present = set(files_of(folder))
     accepted = []
@@ -129,7 +130,7 @@ def _remedy(folder: Path, name: str) -> str:
     """What to do about a file that is not as the manifest says."""
     if holds_weights(name):
         return "get it again: it holds weights, so it is damaged"
-    return f"get it again, or run `wina verify {folder} --accept` if it is meant to be so"
+    return f"get it again, or run `wina verify {shlex.quote(str(folder))} --accept` if it is meant to be so"
 
 
 def _check_budget(checkpoint: Checkpoint, budget: Budget) -> None:
