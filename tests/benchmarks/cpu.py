@@ -3,24 +3,29 @@
     python tests/benchmarks/cpu.py
     OMP_WAIT_POLICY=passive python tests/benchmarks/cpu.py --rows  # products of several rows alone, in processor time
     python tests/benchmarks/cpu.py --memory  # the peak memory of a small model alone
+    python tests/benchmarks/cpu.py --conversion  # how fast a conversion computes, and what larger models take
 
 Prints Markdown tables: decoding and prefill of a random Llama shape of 1.2 billion parameters in bfloat16, single products, of
 several rows as well, and the peak memory of a process that loads the model and generates a token. Takes ten minutes and 8 GB;
 wants a quiet machine.
 """
 
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from time import process_time
+from time import perf_counter, process_time
 
 import click
 import torch
 
+from wina_convert import convert
 from wina_convert.format.config import WinaConfig
-from wina_convert.progress import bars, silent
+from wina_convert.progress import Advance, bars, duration, silent
 from wina_convert.runtime.kernels import gated_linear
 from wina_convert.runtime.linear import gated_modules
 from wina_convert.runtime.loader import WinaQuantizer
@@ -29,6 +34,15 @@ from wina_convert.verbs.bench_models import RANDOM
 from wina_convert.verbs.bench_products import bench_products
 from wina_convert.verbs.benchmark import Benchmark
 
+TOKENIZER = Path(__file__).parents[1] / "models" / "wina-lab-tiny"
+WIDE = (
+    2048,
+    1,
+    4096,
+    32,
+    8,
+)  # hidden, layers, intermediate, heads, key-value heads: of a basis as larger models have it
+PROOF = ("Verifying", "Comparing")  # how the steps begin in which a conversion proves what it made
 RANDOM["small"] = (512, 8, 1536, 8, 4, True)  # 91 million parameters, most of them in the embedding
 
 PEAK = """
@@ -119,13 +133,99 @@ def _peaks(folder: Path, size: str) -> tuple[int, int]:
     return found[1], found[2]
 
 
+class Steps:
+    """Times the steps of a conversion, and beside each of them how fast torch multiplies in float32."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.rates: list[float] = []
+        self.left, self.right = torch.randn(512, WIDE[0]), torch.randn(WIDE[0], WIDE[2])
+
+    @contextmanager
+    def __call__(self, label: str, total: int, unit: str) -> Iterator[Advance]:
+        """As `wina_convert.progress.Progress`."""
+        self.multiply()
+        begin = perf_counter()
+        yield lambda done: None
+        self.seconds[label] = self.seconds.get(label, 0.0) + perf_counter() - begin
+        self.multiply()
+
+    def multiply(self) -> None:
+        """Measure the rate, operations a second."""
+        for _ in range(5):
+            begin = perf_counter()
+            self.left @ self.right
+            self.rates.append(2 * self.left.numel() * self.right.shape[1] / (perf_counter() - begin))
+
+
+def conversion(dtype: str) -> list[str]:
+    """How fast a conversion with defaults computes, in parts of torch's rate in float32; what larger models take at that rate.
+
+    Counted are the products that fit the thresholds: 2 a weight, token and level. All else takes time and counts as nothing.
+    """
+    steps = Steps()
+    with tempfile.TemporaryDirectory() as folder:
+        weights = _wide(Path(folder) / "dense", dtype)
+        report = convert(str(Path(folder) / "dense"), Path(folder) / "gated", progress=steps)
+    fitted = report["calibration"]
+    a_weight = 2 * fitted["samples"] * fitted["seq_len"] * len(fitted["levels"])
+    rate = median(steps.rates)
+    proof = sum(took for label, took in steps.seconds.items() if label.startswith(PROOF))
+    whole = sum(steps.seconds.values())
+    rows = [
+        f"conversion with defaults, hidden {WIDE[0]}, {weights / 1e6:.1f} million gated weights, {dtype}, "
+        f"basis {report['basis']['kind']}; torch multiplies in float32 at {rate / 1e9:.0f} GFLOP/s\n",
+        "| step | s | of torch's rate |",
+        "| --- | --- | --- |",
+        *[f"| {label} | {took:.1f} | |" for label, took in steps.seconds.items()],
+    ]
+    for label, took in (("all but the proof", whole - proof), ("all", whole)):
+        rows.append(f"| {label} | {took:.1f} | {a_weight * weights / rate / took:.0%} |")
+    for size in ("1b", "8b"):
+        hidden, layers, intermediate, heads, kv_heads, _ = RANDOM[size]
+        larger = layers * _gated(hidden, intermediate, heads, kv_heads)
+        rows.append(
+            f"| all, {size}, {larger / 1e9:.2f} billion gated weights | {duration(whole * larger / weights)} | |"
+        )
+    return rows
+
+
+def _wide(folder: Path, dtype: str) -> int:
+    """Write a random model of the shape `WIDE`; how many weights of it are gated."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, layers, intermediate, heads, kv_heads = WIDE
+    config = LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=2048,  # the tokenizer's
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    for file in TOKENIZER.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return layers * _gated(hidden, intermediate, heads, kv_heads)
+
+
+def _gated(hidden: int, intermediate: int, heads: int, kv_heads: int) -> int:
+    """Weights of a decoder layer that are gated."""
+    return hidden * (2 * hidden + 2 * hidden * kv_heads // heads + 3 * intermediate)
+
+
 @click.command()
 @click.option("--prompt-tokens", default=(32, 512), multiple=True, show_default=True, help="Lengths of the prompt.")
 @click.option("--dtype", default="bfloat16", show_default=True)
 @click.option("--rows", is_flag=True, help="Time the products of several rows and nothing else.")
 @click.option("--memory", is_flag=True, help="Measure the memory of a small model and nothing else.")
-def main(prompt_tokens: tuple[int, ...], dtype: str, rows: bool, memory: bool) -> None:
+@click.option("--conversion", "converts", is_flag=True, help="Time a conversion and nothing else.")
+def main(prompt_tokens: tuple[int, ...], dtype: str, rows: bool, memory: bool, converts: bool) -> None:
     """Print the tables."""
+    if converts:
+        click.echo("\n".join(conversion(dtype)))
+        return
     if memory:
         click.echo(peaks("small"))
         return

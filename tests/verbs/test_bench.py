@@ -288,9 +288,9 @@ def test_the_tables_show_the_numbers_in_the_units_of_their_heads():
 # --- what is refused ---
 
 REFUSED: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
-    "neither": ((), ("checkpoint", "random", "1b, 3b, 8b")),
-    "both": (("DIR", "--random", "1b"), ("either", "1b, 3b, 8b")),
-    "size": (("--random", "9z"), ("'9z'", "1b, 3b, 8b")),
+    "neither": ((), ("checkpoint", "random", "0.6b, 1b, 3b, 8b")),
+    "both": (("DIR", "--random", "1b"), ("either", "0.6b, 1b, 3b, 8b")),
+    "size": (("--random", "9z"), ("'9z'", "0.6b, 1b, 3b, 8b")),
     "kernels and DIR": (("DIR", "--kernels"), ("--kernels", "neither DIR nor --random")),
     "kernels and random": (("--random", "1b", "--kernels"), ("--kernels", "neither DIR nor --random")),
     **{

@@ -182,8 +182,8 @@ def test_a_device_that_is_not_here_or_no_card_is_refused(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, ("either", "1b, 3b, 8b")),
-        ({"random": "9z"}, ("'9z'", "1b, 3b, 8b")),
+        ({}, ("either", "0.6b, 1b, 3b, 8b")),
+        ({"random": "9z"}, ("'9z'", "0.6b, 1b, 3b, 8b")),
         ({"random": "1b", "tokens": 0}, ("tokens is 0", "at least 1")),
         ({"random": "1b", "dtype": "int3"}, ("dtype is 'int3'",)),
         ({"random": "1b", "sparsities": (2.0,)}, ("sparsity is 2.0",)),

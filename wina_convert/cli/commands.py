@@ -284,7 +284,7 @@ def retarget_command(folder: str, sparsity: float, quiet: bool, as_json: bool) -
 
 @wina.command("bench", short_help="Time the gated model against the dense one.")
 @click.argument("folder", metavar="[DIR]", required=False, type=click.Path())
-@click.option("--random", metavar="SIZE", help="Instead of DIR, a Llama shape with random weights: 1b, 3b or 8b.")
+@click.option("--random", metavar="SIZE", help="Instead of DIR, a Llama shape with random weights: 0.6b, 1b, 3b or 8b.")
 @click.option("--kernels", is_flag=True, help="Time single products instead of a model.")
 @click.option(
     "--shapes",

@@ -3,6 +3,7 @@
 import atexit
 import gc
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -160,6 +161,16 @@ def upload_bars(quiet: bool) -> None:
 
 
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress and no summary; errors only.")
+
+
+def _hush(context: click.Context, parameter: click.Parameter, quiet: bool) -> bool:
+    """Of what the package logs, let errors alone through where it is to be quiet."""
+    logging.getLogger("wina_convert").setLevel(logging.ERROR if quiet else logging.NOTSET)
+    return quiet
+
+
+quiet_option = click.option(
+    "-q", "--quiet", is_flag=True, callback=_hush, help="No progress and no summary; errors only."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 version_option = click.version_option(__version__, "--version", prog_name="wina-convert")

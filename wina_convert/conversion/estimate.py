@@ -99,7 +99,7 @@ def plan_report(
 ) -> dict[str, Any]:
     """What a dry run tells: what would be gated and what left out, bytes a token before and after, time and disk."""
     samples, length = calibration["samples"], calibration["seq_len"]
-    calibrated = len(levels(sparsity)) * (samples + min(PILOT, samples))
+    calibrated = len(levels(sparsity)) * (samples + min(-(-PILOT // length), samples))
     passes = (
         calibrated + 3 * HELD_OUT + (basis_sequences(samples, length) if turn else 0) + search_sequences(plan)
     )  # sequences that go through a layer

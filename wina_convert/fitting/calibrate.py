@@ -21,7 +21,7 @@ from ..runtime.rule import scores
 from .budget import UNIFORM, Budget
 from .histogram import ScoreHistogram
 
-PILOT = 8  # sequences of the first pass
+PILOT = 2048  # tokens of the first pass: provisional thresholds skip what was asked to some tenths of a point
 # Tokens that an expert must have been given. What one threshold skips differs by some points from token to token; over so many it
 # is known to a point. All experts together may be unlike one, but never by chance.
 FEWEST = 64
@@ -101,11 +101,11 @@ def pooled(
 
 
 def _pilot(batches: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The first few sequences, in batches as they are."""
+    """The first few sequences [B, S, hidden], in batches as they are."""
     seen = 0
     for batch in batches:
         if seen < PILOT:
-            seen += len(batch)
+            seen += batch.shape[0] * batch.shape[1]
             yield batch
 
 

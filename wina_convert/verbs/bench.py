@@ -72,7 +72,7 @@ def bench_model(
 
     Args:
         folder: a WINA checkpoint.
-        random: instead of it, a Llama shape with random weights: "1b", "3b" or "8b".
+        random: instead of it, a Llama shape with random weights: "0.6b", "1b", "3b" or "8b".
         sparsities: at which to run the gated model.
         prompt_tokens: length of the prompt; None: 512, or what the context leaves where that is less.
         tokens: tokens decoded after it, of which the median time counts.

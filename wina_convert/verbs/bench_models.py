@@ -19,8 +19,10 @@ from ..runtime.linear import WinaLinear, gated_modules, observing
 from ..runtime.restore import restore
 from ..runtime.rule import scores
 
-# hidden, layers, intermediate, heads, key-value heads, tied head: those of Llama 3.2 1B and 3B and of Llama 3 8B
+# hidden, layers, intermediate, heads, key-value heads, tied head: those of Llama 3.2 1B and 3B and of Llama 3 8B, and one of
+# half the first's weights
 RANDOM = {
+    "0.6b": (1280, 24, 4096, 20, 4, True),
     "1b": (2048, 16, 8192, 32, 8, True),
     "3b": (3072, 28, 8192, 24, 8, True),
     "8b": (4096, 32, 14336, 32, 8, False),

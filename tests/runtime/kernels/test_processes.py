@@ -150,6 +150,13 @@ def test_what_one_process_compiled_the_next_one_reads_from_the_disk_without_the_
     assert said_and_kept(tmp_path) == ([], not machine.PLACEABLE, files)
 
 
+def test_a_program_without_logging_is_told_once_that_something_is_compiled(tmp_path):
+    code = PROBLEMS + "both(*problem(1, 3, 5, torch.float32))"
+    _, said = python(code, XDG_CACHE_HOME=str(tmp_path), NUMBA_CACHE_DIR=str(tmp_path))
+    assert said == "compiling the CPU kernel 'columns' for float32: some seconds, once for this machine\n"
+    assert python(code, XDG_CACHE_HOME=str(tmp_path), NUMBA_CACHE_DIR=str(tmp_path))[1] == ""
+
+
 @pytest.mark.skipif(not machine.PLACEABLE, reason="numba keeps the code here")
 def test_what_is_damaged_or_for_other_options_is_compiled_again(tmp_path):
     _, _, files = said_and_kept(tmp_path)

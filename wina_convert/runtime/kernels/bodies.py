@@ -12,7 +12,7 @@ from numba import carray, types
 
 from .openmp import CALLED, openmp
 from .task import AHEAD, FIELDS, LINE
-from .vectors import LANES, STRIP, accumulate, narrow, pointer, widen
+from .vectors import LANES, STRIP, SUMS, accumulate, add_dots, narrow, pointer, widen
 
 # bfloat16 and float16 are told apart by the sign of the integer that holds their bits.
 STORAGE = {"float32": types.float32, "bfloat16": types.uint16, "float16": types.int16}
@@ -89,39 +89,16 @@ def _finish(total, bias, added, y, pairs, strips, rest):
         y[o] = narrow(sum_ + widen(bias[o]) if added else sum_, y[0])
 
 
-@numba.njit(**_SUM_OPTIONS)
-def _dot_products(task, x, weight, bias, y, value):
-    """y[r] = bias + weight @ x[r]; in each thread of a region."""
-    rows, n_in, n_out = task.rows, task.n_in, task.n_out
-    me, threads = _thread(), _threads()
-    for i in range(rows * n_in * me // threads, rows * n_in * (me + 1) // threads):
-        value[i] = widen(x[i])
-    _barrier()
-    start, stop = n_out * me // threads, n_out * (me + 1) // threads
-    quarter = (stop - start + 3) // 4
-    for o in range(start, start + quarter):
-        # Four streams; the last may be shorter: then some outputs are computed more than once.
-        o1, o2, o3 = min(o + quarter, stop - 1), min(o + 2 * quarter, stop - 1), min(o + 3 * quarter, stop - 1)
-        w0, w1, w2, w3 = weight[o * n_in :], weight[o1 * n_in :], weight[o2 * n_in :], weight[o3 * n_in :]
-        for r in range(rows):
-            v = value[r * n_in :]
-            s0 = s1 = s2 = s3 = np.float32(0)
-            for j in range(n_in):
-                s0 += v[j] * widen(w0[j])
-                s1 += v[j] * widen(w1[j])
-                s2 += v[j] * widen(w2[j])
-                s3 += v[j] * widen(w3[j])
-            if task.bias:
-                s0, s1, s2, s3 = (
-                    s0 + widen(bias[o]),
-                    s1 + widen(bias[o1]),
-                    s2 + widen(bias[o2]),
-                    s3 + widen(bias[o3]),
-                )
-            y[r * n_out + o3] = narrow(s3, weight[0])
-            y[r * n_out + o2] = narrow(s2, weight[0])
-            y[r * n_out + o1] = narrow(s1, weight[0])
-            y[r * n_out + o] = narrow(s0, weight[0])
+@numba.njit(**_OPTIONS)
+def _arrange(x, value, begin, end, n_in, pairs):
+    """value = x [rows, n_in] in float32, from `begin` to `end`; `pairs`: in a strip the even inputs come before the odd ones."""
+    for i in range(begin, end):
+        j = i % n_in
+        place = j % STRIP
+        if pairs and j - place + STRIP <= n_in:
+            value[i - place + place // 2 + place % 2 * LANES] = widen(x[i])
+        else:
+            value[i] = widen(x[i])
 
 
 @numba.njit(**_SUM_OPTIONS)
@@ -217,17 +194,42 @@ def _columns(storage: Any, rows: int) -> Any:
 
 
 def _dots(storage: Any, rows: int) -> Any:
+    streams = 4 if rows == 1 else max(1, min(6, SUMS // rows))  # rows of the weight that are read side by side
+    size, pairs = storage.bitwidth // 8, storage == types.uint16
+
     def dots(given):
-        task = carray(given, (1,))[0]
-        rows, n_in, n_out = task.rows, task.n_in, task.n_out
-        _dot_products(
-            task,
-            carray(pointer(task.x), (rows * n_in,), storage),
-            carray(pointer(task.weight), (n_in * n_out,), storage),
-            carray(pointer(task.bias), (n_out,), storage),
-            carray(pointer(task.y), (rows * n_out,), storage),
-            carray(pointer(task.scratch), (rows * n_in,), types.float32),
-        )
+        task, me, threads = carray(given, (1,))[0], _thread(), _threads()
+        n_in, n_out = task.n_in, task.n_out
+        weight = carray(pointer(task.weight), (n_in * n_out,), storage)
+        bias = carray(pointer(task.bias), (n_out,), storage)
+        y = carray(pointer(task.y), (rows * n_out,), storage)
+        value = carray(pointer(task.scratch), (rows * n_in,), types.float32)
+        x = carray(pointer(task.x), (rows * n_in,), storage)
+        _arrange(x, value, rows * n_in * me // threads, rows * n_in * (me + 1) // threads, n_in, pairs)
+        _barrier()
+        address_at = task.scratch + (4 * rows * n_in + 63) // 64 * 64 + 16 * LINE * me
+        sums_at = address_at + 8 * LINE
+        address = carray(pointer(address_at), (streams,), types.int64)
+        sums = carray(pointer(sums_at), (streams * rows,), types.float32)
+        strips, rest = n_in // STRIP, n_in % STRIP
+        start, stop = n_out * me // threads, n_out * (me + 1) // threads
+        part = (stop - start + streams - 1) // streams
+        for o in range(start, start + part):
+            # Each stream has a part of its own; the last may be shorter: then some outputs are computed more than once.
+            for k in range(streams):
+                address[k] = task.weight + min(o + k * part, stop - 1) * n_in * size
+            sums[:] = 0
+            add_dots(weight, streams, rows, LANES, address_at, task.scratch, 4 * n_in, strips, sums_at)
+            if rest:
+                for k in range(streams):
+                    address[k] += strips * STRIP * size
+                rest_at = task.scratch + 4 * strips * STRIP
+                add_dots(weight, streams, rows, 1, address_at, rest_at, 4 * n_in, rest, sums_at)
+            for k in range(streams):
+                column = min(o + k * part, stop - 1)
+                for r in range(rows):
+                    total = sums[k * rows + r]
+                    y[r * n_out + column] = narrow(total + widen(bias[column]) if task.bias else total, y[0])
 
     return dots
 

@@ -14,6 +14,7 @@ import struct
 import sys
 from functools import cache
 from importlib.metadata import version
+from itertools import chain, repeat
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -34,6 +35,7 @@ NEEDED = 2
 ABSOLUTE = 1
 
 _log = logging.getLogger(__name__)
+_levels = chain([logging.WARNING], repeat(logging.INFO))  # of what is said before each compilation
 _alive: list[Any] = []  # the code lives as long as these
 
 
@@ -102,7 +104,8 @@ def place(code: bytes, name: bytes) -> int:
 def _compiled(kernel: str, dtype: str, rows: int, keep: bool) -> Any:
     """numba's object of a kernel; the arguments are those of `bodies.compiled`."""
     begin = perf_counter()
-    _log.info("compiling the CPU kernel %r for %s: some seconds, once for this machine", kernel, dtype)
+    # Once in a process in a way that shows where a program has set up no logging: what follows are seconds of silence.
+    _log.log(next(_levels), "compiling the CPU kernel %r for %s: some seconds, once for this machine", kernel, dtype)
     from . import bodies
 
     made = bodies.compiled(kernel, dtype, rows, keep)

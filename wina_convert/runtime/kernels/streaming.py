@@ -72,7 +72,10 @@ def dots(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     n_out, n_in = weight.shape
     y, rows = _output(x, weight, bias, n_in, n_out), x.shape[:-1].numel()
     task = (x, weight, None, bias), y, 0, rows, n_in, n_out
-    _run(address("dots", NAMES[x.dtype]), _threads_for(n_in * n_out), _scratch(4 * rows * n_in), [task])
+    if rows:
+        threads = _threads_for(n_in * n_out)
+        scratch = _scratch(4 * rows * n_in + 64 + 16 * LINE * threads)
+        _run(address("dots", NAMES[x.dtype], rows), threads, scratch, [task])
     return y
 
 

@@ -22,7 +22,9 @@ def _lanes() -> int:
 LANES = _lanes()
 STRIP = 2 * LANES  # columns whose sums are in registers at a time: two vectors for each row of x
 ROWS = 4  # of x whose sums fit into the registers; more take turns on weights that are in the first-level cache
-TURN = 32  # strips after which they take turns
+SUMS = 24 if LANES == 16 else 12  # of `add_dots` that fit into the registers
+HELD = 10 if LANES == 16 else 0  # factors that are kept in the registers that sums and weights leave
+TURN = 16  # strips after which they take turns
 
 _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -104,15 +106,15 @@ def _accumulate(builder, storage, streams, rows, lanes, address, offset, value, 
     row = [builder.add(_load(builder, _plus(builder, address, 8 * k), _I64, 8), offset) for k in range(2 * streams)]
     total = [builder.add(sums, builder.mul(stride, ir.Constant(_I64, r))) for r in range(rows)]
     width = (4 if storage == types.float32 else 2) * (1 if lanes == 1 else 2 * lanes)  # bytes of a strip
-    fused = f"llvm.fmuladd.{'f32' if lanes == 1 else f'v{lanes}f32'}"
-    number = _vector(lanes)
-    fused = cgutils.get_or_insert_function(builder.module, ir.FunctionType(number, [number] * 3), fused)
+    number, fused = _vector(lanes), _fused(builder, lanes)
     turn = ir.Constant(_I64, TURN)
     with cgutils.for_range_slice(builder, ir.Constant(_I64, 0), strips, turn, intp=_I64) as (begin, _):
         left = builder.sub(strips, begin)
         count = builder.select(builder.icmp_signed("<", left, turn), left, turn)
         for first in range(0, rows, ROWS):
             members = range(first, min(first + ROWS, rows))
+            terms = [(k, r) for k in range(streams) for r in members][: HELD if lanes > 1 else 0]
+            held = {one: _factor(builder, value, rows, *one, lanes) for one in terms}
             with cgutils.for_range(builder, count, intp=_I64) as loop:
                 strip = builder.add(begin, loop.index)
                 column = builder.mul(strip, ir.Constant(_I64, width))
@@ -124,11 +126,99 @@ def _accumulate(builder, storage, streams, rows, lanes, address, offset, value, 
                         _fetch(builder, builder.add(row[streams + k], column), width)
                     numbers = _widened(builder, storage, builder.add(row[k], column), lanes)
                     for r in members:
-                        factor = _spread(builder, _plus(builder, value, 4 * (k * rows + r)), lanes)
+                        factor = held.get((k, r)) or _factor(builder, value, rows, k, r, lanes)
                         made[r] = [builder.call(fused, [factor, w, s]) for w, s in zip(numbers, made[r], strict=True)]
                 for r in members:
                     for one, sum_ in zip(places[r], made[r], strict=True):
                         builder.store(sum_, builder.inttoptr(one, number.as_pointer())).align = 4
+
+
+@intrinsic(prefer_literal=True)
+def add_dots(typing_context, weight, streams, rows, lanes, address, value, stride, strips, sums):
+    """sums[k, r] += row k of the weight @ value[r], for a few rows of the weight side by side and all rows of x.
+
+    Every sum is made in vectors of its own, whose numbers are added up in pairs at the end: how many rows of x or of the weight
+    take part changes no bit of it.
+
+    Args:
+        weight: an array of the stored type.
+        streams: rows of the weight, literal.
+        rows: of x, literal.
+        lanes: LANES, or 1 for the inputs behind the last strip; literal.
+        address: of the addresses at which the rows of the weight begin, int64 [streams].
+        value: address of value [rows, ...], float32. In a strip of bfloat16 the even inputs come first, then the odd ones.
+        stride: bytes from one row of value to the next.
+        strips: how many; inputs where lanes is 1.
+        sums: address of the sums [streams, rows], float32.
+    """
+    streams_, rows_, lanes_ = streams.literal_value, rows.literal_value, lanes.literal_value
+
+    def generate(context, builder, signature, args):
+        _add_dots(builder, weight.dtype, streams_, rows_, lanes_, *args[4:])
+        return context.get_dummy_value()
+
+    return types.void(weight, streams, rows, lanes, *[types.int64] * 5), generate
+
+
+def _add_dots(builder, storage, streams, rows, lanes, address, value, stride, strips, sums):
+    number, fused = _vector(lanes), _fused(builder, lanes)
+    width = (4 if storage == types.float32 else 2) * (1 if lanes == 1 else 2 * lanes)  # bytes of a strip
+    row = [_load(builder, _plus(builder, address, 8 * k), _I64, 8) for k in range(streams)]
+    values = [builder.add(value, builder.mul(stride, ir.Constant(_I64, r))) for r in range(rows)]
+    places = [_plus(builder, sums, 4 * i) for i in range(streams * rows)]
+    if lanes == 1:
+        start = [_load(builder, place, _F32, 4) for place in places]
+    else:
+        start = [ir.Constant(number, [0.0] * lanes)] * len(places)
+    before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+    builder.cbranch(builder.icmp_signed(">", strips, ir.Constant(_I64, 0)), loop, after)
+    builder.position_at_end(loop)
+    strip = builder.phi(_I64)
+    made = [builder.phi(number) for _ in places]
+    column = builder.mul(strip, ir.Constant(_I64, width))
+    behind = builder.mul(strip, ir.Constant(_I64, 4 if lanes == 1 else 8 * lanes))
+    weights = [_widened(builder, storage, builder.add(row[k], column), lanes) for k in range(streams)]
+    ends = list(made)
+    for r in range(rows):
+        parts = [_load(builder, one, number, 4) for one in _halves(builder, builder.add(values[r], behind), lanes)]
+        for k in range(streams):
+            for part, w in zip(parts, weights[k], strict=True):
+                ends[k * rows + r] = builder.call(fused, [part, w, ends[k * rows + r]])
+    following = _plus(builder, strip, 1)
+    for phi, first, last in zip([strip, *made], [ir.Constant(_I64, 0), *start], [following, *ends], strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(last, loop)
+    builder.cbranch(builder.icmp_signed("<", following, strips), loop, after)
+    builder.position_at_end(after)
+    totals = [builder.phi(number) for _ in places]
+    for phi, first, last in zip(totals, start, ends, strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(last, loop)
+    for place, total in zip(places, totals, strict=True):
+        if lanes > 1:
+            total = builder.fadd(_load(builder, place, _F32, 4), _total(builder, total, lanes))
+        builder.store(total, builder.inttoptr(place, _F32.as_pointer())).align = 4
+
+
+def _total(builder, vector, lanes):
+    """The sum of a vector's numbers: the upper half is added to the lower one until a single one is left."""
+    while lanes > 1:
+        lanes //= 2
+        lower, upper = (
+            builder.shuffle_vector(
+                vector, vector, ir.Constant(ir.VectorType(_I32, lanes), list(range(first, first + lanes)))
+            )
+            for first in (0, lanes)
+        )
+        vector = builder.fadd(lower, upper)
+    return builder.extract_element(vector, ir.Constant(_I32, 0))
+
+
+def _fused(builder, lanes):
+    """The function a * b + c of vectors, with one rounding where the processor can."""
+    number = _vector(lanes)
+    name = f"llvm.fmuladd.{'f32' if lanes == 1 else f'v{lanes}f32'}"
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(number, [number] * 3), name)
 
 
 def _vector(lanes: int) -> Any:
@@ -159,9 +249,9 @@ def _fetch(builder, address, nbytes):
         builder.call(fetch, [place, *[ir.Constant(_I32, flag) for flag in (0, 2, 1)]])
 
 
-def _spread(builder, address, lanes):
-    """A float32 in every place of a vector."""
-    loaded = _load(builder, address, _F32, 4)
+def _factor(builder, value, rows, k, r, lanes):
+    """value[k, r] in every place of a vector."""
+    loaded = _load(builder, _plus(builder, value, 4 * (k * rows + r)), _F32, 4)
     if lanes == 1:
         return loaded
     nothing, first = ir.Constant(_vector(lanes), ir.Undefined), ir.Constant(_I32, 0)
