@@ -36,15 +36,17 @@ WAYS: dict[str, dict[str, Any]] = {
     "uniform": {"allocation": "uniform", "basis": "none"},
     "types": {"allocation": "types", "basis": "none"},
     "pca": {"allocation": "types", "basis": "pca"},
+    "measured": {"allocation": "measured", "basis": "none"},
     "fitted": {"allocation": "types", "basis": "fitted"},
+    "fitted-measured": {"allocation": "measured", "basis": "fitted"},
     "fitted-greedy": {"allocation": "greedy", "basis": "fitted"},
-    "r-sparse": {"scheme": "r-sparse", "allocation": "types", "basis": "none"},
-    "r-sparse-fitted": {"scheme": "r-sparse", "allocation": "types", "basis": "fitted"},
-    "tuned": {"allocation": "types", "basis": "fitted", "tune": True},
+    "r-sparse": {"scheme": "r-sparse", "allocation": "measured", "basis": "none"},
+    "r-sparse-fitted": {"scheme": "r-sparse", "allocation": "measured", "basis": "fitted"},
+    "tuned": {"allocation": "measured", "basis": "fitted", "tune": True},
 }
 CLOSE = 0.003  # of the weights that are not read to those of the column
 ROUNDS = 4
-MARKERS = "osD^vPX*<>hd"
+MARKERS = "osD^vPX*<>hdp8"
 
 
 @click.command()

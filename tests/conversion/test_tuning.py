@@ -151,7 +151,7 @@ def test_what_does_not_help_is_not_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert "untuned: nothing that was learned was as good as untuned at every level" in report_text(report, "out", 1.0)
     assert "was asked for and not kept" in (tmp_path / "tuned" / "README.md").read_text()
     block = config_of(tmp_path / "tuned")["quantization_config"]
-    assert (block["scheme"], block["allocation"], "biases" in block) == ("wina", "types", False)
+    assert (block["scheme"], block["allocation"], "biases" in block) == ("wina", "measured", False)
     assert any("of 4 steps, loss " in line and line.endswith(" left") for line in said)
     verify_folder(tmp_path / "tuned")
 
