@@ -32,7 +32,7 @@ from wina_convert.runtime.linear import gated_modules
 from wina_convert.verbs.inspect import inspect_checkpoint
 from wina_convert.verbs.verify import verify_folder
 
-FAST: dict[str, Any] = {"samples": 8, "seq_len": 64, "basis": "none", "tune": True}
+FAST: dict[str, Any] = {"samples": 8, "seq_len": 64, "basis": "none", "allocation": "types", "tune": True}
 QUICK = {"STEPS": 4, "LOOK": 2, "LEVEL_TOKENS": 64}
 BETTER = {"STEPS": 20, "LOOK": 10, "LEVEL_TOKENS": 192}  # enough to be kept
 
@@ -151,7 +151,7 @@ def test_what_does_not_help_is_not_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert "untuned: nothing that was learned was as good as untuned at every level" in report_text(report, "out", 1.0)
     assert "was asked for and not kept" in (tmp_path / "tuned" / "README.md").read_text()
     block = config_of(tmp_path / "tuned")["quantization_config"]
-    assert (block["scheme"], block["allocation"], "biases" in block) == ("wina", "measured", False)
+    assert (block["scheme"], block["allocation"], "biases" in block) == ("wina", "types", False)
     assert any("of 4 steps, loss " in line and line.endswith(" left") for line in said)
     verify_folder(tmp_path / "tuned")
 
