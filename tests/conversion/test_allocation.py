@@ -58,7 +58,7 @@ def weights_of(folder: Path) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Divided:
-    """A conversion of the trained model by types, which is the default, and its report."""
+    """A conversion of the trained model by types and its report."""
 
     folder: Path
     report: dict[str, Any]
@@ -71,7 +71,8 @@ class Divided:
 def divided(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Divided:
     """Shared: copy it to change it."""
     folder = tmp_path_factory.mktemp("types") / "wina"
-    return Divided(folder, wina_convert.convert(str(tiny), folder, samples=16, seq_len=64, basis="none"))
+    options = FAST | {"samples": 16, "seq_len": 64}
+    return Divided(folder, wina_convert.convert(str(tiny), folder, **options))
 
 
 @pytest.fixture
@@ -267,7 +268,7 @@ def test_an_interrupted_conversion_goes_on_to_the_same_bytes(tmp_path: Path):
 
 @pytest.mark.parametrize("allocation", ["Greedy", "", "Types", None, [], 7])
 def test_an_unknown_allocation_is_refused_before_anything_is_read(allocation: Any, tmp_path: Path):
-    with pytest.raises(OptionError, match=r"allocation is .*; give one of uniform, types, greedy"):
+    with pytest.raises(OptionError, match=r"allocation is .*; give one of uniform, types, measured, greedy, auto"):
         wina_convert.convert(str(tmp_path / "nowhere"), tmp_path / "out", allocation=allocation)
 
 

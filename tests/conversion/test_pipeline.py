@@ -125,7 +125,9 @@ def test_a_dry_run_touches_nothing_and_counts_the_bytes_of_a_token(
 
     monkeypatch.undo()
     report = wina_convert.convert(str(source), tmp_path / "out", sparsity=0.4, **FAST)
-    shared = ("bytes_per_token", "disk_bytes", "projections", "layers", "source")
+    # What is asked of each matrix is not known before it is measured, and its bytes are rounded one by one.
+    assert plan["bytes_per_token"]["gated"] == pytest.approx(report["bytes_per_token"]["gated"], abs=len(gated))
+    shared = ("disk_bytes", "projections", "layers", "source")
     assert {key: plan[key] for key in shared} == {key: report[key] for key in shared}
 
 
@@ -260,5 +262,5 @@ def test_every_progress_step_ends_at_its_total(tiny: Path, tmp_path: Path) -> No
         yield advance
 
     wina_convert.convert(str(tiny), tmp_path / "out", progress=record, **FAST)
-    assert [unit for unit, _, _ in steps.values()] == ["B", "layer", "tensor", "layer"], list(steps)
+    assert [unit for unit, _, _ in steps.values()] == ["layer", "B", "layer", "tensor", "layer"], list(steps)
     assert [label for label, (_, total, done) in steps.items() if not done == total > 0] == []

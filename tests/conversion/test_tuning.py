@@ -32,7 +32,7 @@ from wina_convert.runtime.linear import gated_modules
 from wina_convert.verbs.inspect import inspect_checkpoint
 from wina_convert.verbs.verify import verify_folder
 
-FAST: dict[str, Any] = {"samples": 8, "seq_len": 64, "basis": "none", "tune": True}
+FAST: dict[str, Any] = {"samples": 8, "seq_len": 64, "basis": "none", "allocation": "types", "tune": True}
 QUICK = {"STEPS": 4, "LOOK": 2, "LEVEL_TOKENS": 64}
 BETTER = {"STEPS": 20, "LOOK": 10, "LEVEL_TOKENS": 192}  # enough to be kept
 

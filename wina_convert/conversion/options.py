@@ -63,10 +63,11 @@ class ConversionOptions:
         "term for what is skipped).",
     )
     allocation: str = _option(
-        "types",
+        "auto",
         REPORT,
-        "How the sparsity is divided: types (by type of projection, as was best on small models), uniform (all alike) or greedy "
-        "(TEAL's search within each layer, slow; to compare).",
+        "How the sparsity is divided: measured (by what each matrix, skipping alone, loses), types (by type of projection, as "
+        "was best on small models), auto (measured, or types where there are experts), uniform (all alike) or greedy (TEAL's "
+        "search within each layer, slow; to compare).",
     )
     tune: bool = _option(
         False,
@@ -119,7 +120,7 @@ class ConversionOptions:
             raise OptionError(f"max ppl increase is {self.max_ppl_increase}; give a number of percent above 0")
         check_name("basis", self.basis, BASES)
         check_name("scheme", self.scheme, SCHEMES)
-        check_name("allocation", self.allocation, ALLOCATIONS)
+        check_name("allocation", self.allocation, (*ALLOCATIONS, "auto"))
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         object.__setattr__(self, "targets", tuple(self.targets))
         object.__setattr__(self, "ignore", tuple(self.ignore))

@@ -104,7 +104,8 @@ def make_plan(
         ignore: glob patterns of module names to leave dense, such as `model.layers.0.*`.
         dtype: "auto" (as the source is), "float32", "bfloat16" or "float16".
         scheme: how inputs are scored, a name of SCHEMES.
-        allocation: how the sparsity is divided among the projections, a name of ALLOCATIONS.
+        allocation: how the sparsity is divided among the projections, a name of ALLOCATIONS; "auto": "measured", or "types" where
+            experts are gated.
 
     Raises:
         OptionError: a pattern matches nothing, nothing is left to gate, or the dtype is unknown.
@@ -121,7 +122,10 @@ def make_plan(
         raise SourceError(f"{source.name} has no decoder layer; check its config.json")
     head = [find_head(source, model, keys, cast)] if HEAD in targets else []
     chosen = _choose([*projections, *head], family, targets, ignore)
-    if allocation in SEARCHED and any(one.share < 1 for one in chosen):
+    experts = any(one.share < 1 for one in chosen)
+    if allocation == "auto":
+        allocation = "types" if experts else "measured"
+    if allocation in SEARCHED and experts:
         raise OptionError(
             f"allocation {allocation!r} tries every matrix of {source.name} by itself, and it has {len(chosen)}; "
             "pass --allocation types or uniform, or leave the experts dense: --ignore '*.experts.*'"

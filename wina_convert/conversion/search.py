@@ -1,4 +1,4 @@
-"""The allocation that is searched on the model itself, a decoder layer at a time, before thresholds are fitted."""
+"""The allocations that are found on the model itself, a decoder layer at a time, before thresholds are fitted."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -6,8 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..fitting import greedy, measured
 from ..fitting.budget import SEARCHED, Budget
-from ..fitting.greedy import Shares, divide_layer, moves_of
+from ..fitting.layer import Shares, dense_layer
 from ..format.config import WinaConfig
 from ..format.grid import GRID
 from ..format.staging import Snapshot
@@ -19,6 +20,8 @@ from .plan import ConversionPlan
 
 SEQUENCES = 4  # of the calibration text that it runs on
 CARRIED = "shares/"  # before the names in a snapshot
+TOKENS = 512  # computed at a time where sequences are short
+PASSES = {"measured": measured.passes, "greedy": greedy.passes}
 
 
 def searched(
@@ -51,17 +54,25 @@ def searched(
     if snapshot is not None:
         found = {name: tuple(row.tolist()) for name, row in snapshot.tensors.items() if name.startswith(CARRIED)}
         return _with(plan, {name.removeprefix(CARRIED): row for name, row in found.items()})
+    together = max(at_a_time, TOKENS // tokens.shape[1])
     model = stream_of(source, plan, config, device)
-    states, shares = model.embed(tokens[:SEQUENCES].split(at_a_time)), Shares()
+    states, shares, errors = model.embed(tokens[:SEQUENCES].split(together)), Shares(), dict[str, list[float]]()
     with progress("Searching the allocation", plan.n_layers, "layer") as advance:
         for index in range(plan.n_layers):
             with model.layer(index) as run:
                 gates = {name: gate for name, gate in gated_modules(model.model).items() if not gate.weight_t.is_meta}
-                found, states = divide_layer(run, gates, states, plan.hidden_size)
+                layer = dense_layer(run, gates, states)
+                if plan.budget.allocation == "measured":
+                    errors |= measured.errors(layer)
+                elif gates:
+                    shares |= greedy.divide(layer, plan.hidden_size)
+                states = list(layer.outputs)
                 for gate in gates.values():
                     gate.forget_threshold()
-            shares |= found
             advance(1)
+    if errors:
+        weights = {one.name: one.weights for one in plan.projections}
+        shares = measured.halfway(measured.least(errors, weights), plan.budget.shares)
     return _with(plan, shares)
 
 
@@ -81,5 +92,9 @@ def search_sequences(plan: ConversionPlan) -> int:
     """About how many sequences a search sends through each decoder layer."""
     if plan.budget.allocation not in SEARCHED:
         return 0
-    weights = [one.weights for one in plan.projections]
-    return SEQUENCES * moves_of(weights, plan.hidden_size) // plan.n_layers**2
+    layers: dict[int, list[int]] = {}
+    for one in plan.projections:
+        if one.layer is not None:
+            layers.setdefault(one.layer, []).append(one.weights)
+    passes = PASSES[plan.budget.allocation]
+    return SEQUENCES * sum(1 + passes(weights, plan.hidden_size) for weights in layers.values()) // plan.n_layers

@@ -4,7 +4,7 @@ The runtime knows no allocation: thresholds contain it. What reads a checkpoint 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,10 +80,18 @@ def by_type(weights: Mapping[str, int], prior: Mapping[str, float]) -> Budget:
     return Budget("types", {name: tuple(row.tolist()) for name, row in zip(weights, table, strict=True)})
 
 
+def measured(weights: Mapping[str, int], prior: Mapping[str, float]) -> Budget:
+    """What each projection, skipping alone, loses on the calibration text divides it, and the prior (see `fitting.measured`).
+
+    Until then the prior alone does, which reads as many bytes. Arguments as for `by_type`.
+    """
+    return replace(by_type(weights, prior), allocation="measured")
+
+
 def greedy(weights: Mapping[str, int], prior: Mapping[str, float]) -> Budget:
     """Every decoder layer skips the same; within one, TEAL's search divides it on the calibration text (see `fitting.greedy`).
 
-    Until then it asks all alike, which reads as many bytes. Arguments as for `by_type`.
+    Until then it asks all alike. Arguments as for `by_type`.
     """
     return Budget("greedy")
 
@@ -108,9 +116,10 @@ def _sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 ALLOCATIONS: dict[str, Callable[[Mapping[str, int], Mapping[str, float]], Budget]] = {
     "uniform": uniform,
     "types": by_type,
+    "measured": measured,
     "greedy": greedy,
 }
-SEARCHED = ("greedy",)  # those whose shares are found on the model
+SEARCHED = ("measured", "greedy")  # those whose shares are found on the model
 
 
 def budget_of(config: WinaConfig) -> Budget:

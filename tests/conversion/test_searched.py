@@ -19,7 +19,7 @@ from wina_convert.format.manifest import write_manifest
 from wina_convert.verbs.inspect import inspect_checkpoint
 from wina_convert.verbs.verify import verify_folder
 
-FAST: dict[str, Any] = {"samples": 8, "seq_len": 32, "basis": "none", "allocation": "greedy"}
+FAST: dict[str, Any] = {"samples": 8, "seq_len": 32, "basis": "none"}
 
 
 @pytest.fixture(autouse=True)
@@ -27,25 +27,25 @@ def large_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(greedy, "STEP", 0.5)
 
 
-@pytest.fixture(scope="module")
-def searched(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+@pytest.fixture(scope="module", params=["measured", "greedy"])
+def searched(request: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The trained model. Shared: copy it to change it."""
-    folder = tmp_path_factory.mktemp("greedy") / "wina"
+    folder = tmp_path_factory.mktemp(request.param) / "wina"
+    options = FAST | {"samples": 16, "seq_len": 64, "allocation": request.param}
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(greedy, "STEP", 0.5)
-        return folder, wina_convert.convert(str(tiny), folder, **FAST | {"samples": 16, "seq_len": 64})
+        return folder, wina_convert.convert(str(tiny), folder, **options)
 
 
-def test_the_config_has_a_share_for_every_projection_and_each_layer_meets_the_level(searched: Any):
+def test_the_config_has_a_share_for_every_projection_and_the_level_is_met(searched: Any):
+    """By the whole model, and by each layer where every layer is searched by itself."""
     block, tensors = config_of(searched[0])["quantization_config"], tensors_of(searched[0])
-    assert block["allocation"] == "greedy"
+    assert block["allocation"] == searched[1]["options"]["allocation"]
     assert list(block["shares"]) == block["modules"]
     layers = [block["shares"][f"model.layers.{layer}.mlp.up_proj"] for layer in range(4)]
     assert any(layer != layers[0] for layer in layers)
-    for layer in range(4):
-        weights = {
-            n: tensors[f"{n}.weight_t"].numel() for n in block["modules"] if n.startswith(f"model.layers.{layer}.")
-        }
+    for part in [f"model.layers.{layer}." for layer in range(4)] if block["allocation"] == "greedy" else [""]:
+        weights = {n: tensors[f"{n}.weight_t"].numel() for n in block["modules"] if n.startswith(part)}
         for point, level in enumerate(block["grid"]):
             mean = sum(block["shares"][name][point] * count for name, count in weights.items()) / sum(weights.values())
             assert mean == pytest.approx(level, abs=1e-12)
@@ -79,18 +79,20 @@ def test_inspect_shows_the_mean_over_the_layers(searched: Any):
         assert share == pytest.approx(sum(shares[f"model.layers.{layer}.{kind}"][10] for layer in range(4)) / 4)
     shown = run_wina("inspect", searched[0])
     succeeded(shown)
-    assert "allocation greedy," in shown.stdout
+    assert f"allocation {searched[1]['options']['allocation']}," in shown.stdout
 
 
 @pytest.mark.usefixtures("snapshots")
+@pytest.mark.parametrize("allocation", ["measured", "greedy"])
 def test_an_interrupted_conversion_does_not_search_again_and_comes_to_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    allocation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     source = make_model("llama", tmp_path / "source", num_hidden_layers=3)
-    wina_convert.convert(str(source), tmp_path / "once", **FAST)
-    interrupted_in_layer(2, source, tmp_path / "out", **FAST)
-    monkeypatch.setattr(search, "divide_layer", None)
-    wina_convert.convert(str(source), tmp_path / "out", resume=True, **FAST)
+    options = FAST | {"allocation": allocation}
+    wina_convert.convert(str(source), tmp_path / "once", **options)
+    interrupted_in_layer(2, source, tmp_path / "out", **options)
+    monkeypatch.setattr(search, "dense_layer", None)
+    wina_convert.convert(str(source), tmp_path / "out", resume=True, **options)
     for name in ("config.json", "model.safetensors", "wina_report.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
 
@@ -105,9 +107,10 @@ def test_the_plan_counts_the_time_of_the_search(tiny: Path, tmp_path: Path, monk
     assert plans["greedy"]["bytes_per_token"] == plans["uniform"]["bytes_per_token"]
 
 
+@pytest.mark.parametrize("allocation", ["measured", "greedy"])
 @pytest.mark.parametrize(("family", "basis", "targets"), [("gpt2", "none", ["all"]), ("llama-tied", "pca", ["mlp"])])
-def test_other_families_bases_and_targets(family: str, basis: str, targets: list[str], tmp_path: Path):
+def test_other_families_bases_and_targets(family: str, basis: str, targets: list[str], allocation: str, tmp_path: Path):
     source = make_model(family, tmp_path / "source")
-    options = FAST | {"basis": basis, "targets": targets, "ignore": ["*.0.mlp.*"]}
+    options = FAST | {"basis": basis, "targets": targets, "ignore": ["*.0.mlp.*"], "allocation": allocation}
     wina_convert.convert(str(source), tmp_path / "out", **options)  # the first layer may gate nothing
     verify_folder(tmp_path / "out")
