@@ -271,7 +271,7 @@ def test_tuning_is_part_of_what_a_resume_compares(tmp_path: Path):
         stop_at_step(patched, 3)
         with pytest.raises(KeyboardInterrupt):
             wina_convert.convert(str(TINY), tmp_path / "out", **FAST)
-    small = ("--samples", "8", "--seq-len", "64", "--basis", "none", "--quiet")
+    small = ("--samples", "8", "--seq-len", "64", "--basis", "none", "--allocation", "types", "--quiet")
     refused(run(TINY, "--out", tmp_path / "out", *small, "--resume"), "options.tune was True and is False")
 
 

@@ -21,7 +21,7 @@ from ..runtime.rule import scores
 from .budget import UNIFORM, Budget
 from .histogram import ScoreHistogram
 
-PILOT = 2048  # tokens of the first pass: provisional thresholds skip what was asked to some tenths of a point
+PILOT = 4096  # tokens of the first pass: provisional thresholds skip what was asked to some tenths of a point
 # Tokens that an expert must have been given. What one threshold skips differs by some points from token to token; over so many it
 # is known to a point. All experts together may be unlike one, but never by chance.
 FEWEST = 64
