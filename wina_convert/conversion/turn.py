@@ -37,7 +37,7 @@ from .options import BASES, check_name
 from .weights import check_finite
 
 CARRIED = "basis/"  # before the names of its tensors in a snapshot
-TOKENS = 1 << 16  # of the dense pass: half as many cost a tenth more of perplexity at 50%, on models of 1 to 30 million parameters
+TOKENS = 1 << 16  # of the dense pass: half as many cost a tenth more of perplexity at 50%
 MOST = 8  # times the sequences that thresholds are fitted on: who asks for few is in a hurry
 SLICE = 1 << 22  # bytes read at a time of a tensor that is folded row by row
 
