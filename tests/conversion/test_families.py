@@ -138,7 +138,7 @@ def test_between_the_points_of_the_grid_it_is_the_reference_too(tmp_path: Path) 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "gpt2"])
 def test_half_precision(family: str, dtype: torch.dtype, exact: float, loose: float, tmp_path: Path) -> None:
     dense, gated = make_model(family, tmp_path / "dense", dtype), tmp_path / "gated"
-    convert(dense, gated)
+    convert(dense, gated, allocation="types")
     plain, model = (AutoModelForCausalLM.from_pretrained(folder) for folder in (dense, gated))
     masked, at_0 = reference(dense, gated, 0.5).model, wina_convert.load(str(gated), sparsity=0.0)
     attention.use(masked)  # rounds as the gated model's does

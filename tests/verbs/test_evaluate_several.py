@@ -51,7 +51,7 @@ def test_every_row_says_of_which_checkpoint_it_is_and_how_that_was_made(rows: li
     assert [(row["checkpoint"], row["sparsity"]) for row in rows] == [
         (str(folder), sparsity) for folder in two for sparsity in (0.0, 0.5)
     ]
-    assert [row["made"] for row in rows[::2]] == ["wina, types", "teal, types, basis pca"]
+    assert [row["made"] for row in rows[::2]] == ["wina, measured", "teal, measured, basis pca"]
     assert all(row["seen_recorded"] for row in rows)
     assert rows[0]["protocol"] == {
         "name": "samples",
@@ -121,9 +121,7 @@ def test_the_table_has_all_checkpoints(two: Any, text: Path):
         "MACs",
     ]
     assert len(lines) == 6
-    row = (
-        r" +wina, types +25\.0% +\d+\.\d\d% +\d+\.\d{3} +[+-]\d+\.\d\d% +\d\.\d{4} +\d+\.\d% +\d\.\d\d MB +\d+\.\d\d k"
-    )
+    row = r" +wina, measured +25\.0% +\d+\.\d\d% +\d+\.\d{3} +[+-]\d+\.\d\d% +\d\.\d{4} +\d+\.\d% +\d\.\d\d MB +\d+\.\d\d k"
     assert re.fullmatch(row, lines[1])
     assert lines[3].startswith(str(two[1]))
 
@@ -177,7 +175,7 @@ def test_the_picture_has_a_line_for_every_checkpoint(two: Any, text: Path, tmp_p
         assert list(zip(*line.get_data(), strict=True)) == points
         assert points
     labels = [label.get_text() for label in axes.get_legend().get_texts()]
-    assert labels == [f"{two[0].name}\n(wina, types)", "teal\n(teal, types, basis pca)"]
+    assert labels == [f"{two[0].name}\n(wina, measured)", "teal\n(teal, measured, basis pca)"]
 
 
 def test_a_single_checkpoint_that_loses_nothing_has_a_picture_too(two: Any, text: Path, tmp_path: Path):

@@ -28,11 +28,17 @@ def test_inspect_shows_each_layer_and_its_thresholds(wina_tiny: Path):
         for kind in ("gate_proj", "up_proj", "down_proj"):
             threshold = stored[f"model.layers.{layer}.mlp.{kind}.thresholds"][at]
             assert float(row[kind]) == pytest.approx(float(threshold), rel=1e-3)
-        weights = [t for n, t in stored.items() if n.startswith(f"model.layers.{layer}.") and n.endswith("weight_t")]
-        assert float(row["MB"]) == pytest.approx(sum(t.nbytes for t in weights) / 1e6, abs=0.005)
-        read = sum(t.nbytes / 2 + 4 * t.shape[0] for t in weights)
-        assert float(row["MB/token"]) == pytest.approx(read / 1e6, abs=0.005)
-        assert 45 <= float(row["achieved"].rstrip("%")) <= 55
+        weights = {
+            name.removesuffix(".weight_t"): tensor
+            for name, tensor in stored.items()
+            if name.startswith(f"model.layers.{layer}.") and name.endswith(".weight_t")
+        }
+        nbytes = sum(tensor.nbytes for tensor in weights.values())
+        assert float(row["MB"]) == pytest.approx(nbytes / 1e6, abs=0.005)
+        skipped = sum(tensor.nbytes * block["shares"][name][at] for name, tensor in weights.items())
+        cutoffs = sum(4 * tensor.shape[0] for tensor in weights.values())
+        assert float(row["MB/token"]) == pytest.approx((nbytes - skipped + cutoffs) / 1e6, abs=0.005)
+        assert float(row["achieved"].rstrip("%")) == pytest.approx(100 * skipped / nbytes, abs=5)
     assert "default sparsity 50.0%" in result.stdout
 
 

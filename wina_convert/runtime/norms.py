@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
 from .grouping import SWITCH
+from .parallel import divided
 
 FUSED = ("cuda",)  # devices where an operation costs more than it computes
 
@@ -55,6 +56,8 @@ def use(model: nn.Module, used: bool = True) -> None:
 def _is_rms_norm(module: Any) -> bool:
     """Whether a module computes what `rms_norm` does, found out with a few numbers: there are norms that add 1 to the weight."""
     if [name for name, _ in module.named_parameters()] != ["weight"] or not hasattr(module, "variance_epsilon"):
+        return False
+    if divided(module.weight):  # FSDP's, which has given the module a class of its own
         return False
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn((2, 8), generator=generator, device="cpu", dtype=torch.float32)
