@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -30,18 +30,12 @@ from wina_convert.runtime.kernels import gated_linear
 from wina_convert.runtime.linear import gated_modules
 from wina_convert.runtime.loader import WinaQuantizer
 from wina_convert.verbs.bench import bench_model, make_dense, random_model
-from wina_convert.verbs.bench_models import RANDOM
+from wina_convert.verbs.bench_models import RANDOM, shape_config
 from wina_convert.verbs.bench_products import bench_products
 from wina_convert.verbs.benchmark import Benchmark
 
 TOKENIZER = Path(__file__).parents[1] / "models" / "wina-lab-tiny"
-WIDE = (
-    2048,
-    1,
-    4096,
-    32,
-    8,
-)  # hidden, layers, intermediate, heads, key-value heads: of a basis as larger models have it
+WIDE = (2048, 1, 4096, 32, 8, False)  # a shape as in RANDOM: of a basis as larger models have it
 PROOF = ("Verifying", "Comparing")  # how the steps begin in which a conversion proves what it made
 RANDOM["small"] = (512, 8, 1536, 8, 4, True)  # 91 million parameters, most of them in the embedding
 
@@ -182,8 +176,7 @@ def conversion(dtype: str) -> list[str]:
     for label, took in (("all but the proof", whole - proof), ("all", whole)):
         rows.append(f"| {label} | {took:.1f} | {a_weight * weights / rate / took:.0%} |")
     for size in ("1b", "8b"):
-        hidden, layers, intermediate, heads, kv_heads, _ = RANDOM[size]
-        larger = layers * _gated(hidden, intermediate, heads, kv_heads)
+        larger = _gated(RANDOM[size])
         rows.append(
             f"| all, {size}, {larger / 1e9:.2f} billion gated weights | {duration(whole * larger / weights)} | |"
         )
@@ -192,27 +185,20 @@ def conversion(dtype: str) -> list[str]:
 
 def _wide(folder: Path, dtype: str) -> int:
     """Write a random model of the shape `WIDE`; how many weights of it are gated."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    hidden, layers, intermediate, heads, kv_heads = WIDE
-    config = LlamaConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        intermediate_size=intermediate,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=2048,  # the tokenizer's
-    )
+    config = shape_config(WIDE, vocab_size=2048)  # the tokenizer's
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     for file in TOKENIZER.glob("tokenizer*"):
         shutil.copy(file, folder)
-    return layers * _gated(hidden, intermediate, heads, kv_heads)
+    return _gated(WIDE)
 
 
-def _gated(hidden: int, intermediate: int, heads: int, kv_heads: int) -> int:
-    """Weights of a decoder layer that are gated."""
-    return hidden * (2 * hidden + 2 * hidden * kv_heads // heads + 3 * intermediate)
+def _gated(shape: Sequence[int]) -> int:
+    """Weights of the decoder layers, which are gated."""
+    hidden, layers, intermediate, heads, kv_heads, _ = shape
+    return layers * hidden * (2 * hidden + 2 * hidden * kv_heads // heads + 3 * intermediate)
 
 
 @click.command()

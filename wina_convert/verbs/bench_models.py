@@ -30,25 +30,30 @@ RANDOM = {
 VOCABULARY = 128256
 
 
-def random_model(size: str, dtype: str, device: torch.device | str = "cpu") -> Any:
-    """A gated Llama with random weights and no thresholds yet, made where it is to run."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.initialization import no_init_weights
+def shape_config(shape: Sequence[int], **others: Any) -> Any:
+    """The config of a Llama of a shape, given as those of RANDOM are, with the other fields given."""
+    from transformers import LlamaConfig
 
-    if size not in RANDOM:
-        raise OptionError(f"the random model is {size!r}; give {', '.join(RANDOM)}")
-    hidden, layers, intermediate, heads, kv_heads, tied = RANDOM[size]
-    config = LlamaConfig(
+    hidden, layers, intermediate, heads, kv_heads, tied = shape
+    return LlamaConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,
         intermediate_size=intermediate,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        vocab_size=VOCABULARY,
-        tie_word_embeddings=tied,
-        max_position_embeddings=8192,
-        dtype=dtype,
+        tie_word_embeddings=bool(tied),
+        **others,
     )
+
+
+def random_model(size: str, dtype: str, device: torch.device | str = "cpu") -> Any:
+    """A gated Llama with random weights and no thresholds yet, made where it is to run."""
+    from transformers import LlamaForCausalLM
+    from transformers.initialization import no_init_weights
+
+    if size not in RANDOM:
+        raise OptionError(f"the random model is {size!r}; give {', '.join(RANDOM)}")
+    config = shape_config(RANDOM[size], vocab_size=VOCABULARY, max_position_embeddings=8192, dtype=dtype)
     with no_init_weights(), torch.device(device):
         model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype)).eval()
     model.tie_weights()
