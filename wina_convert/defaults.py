@@ -1,7 +1,7 @@
 """Torch's settings that hold for a whole process or thread, and how the verbs keep clear of them."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -20,7 +20,9 @@ def torch_defaults(device: torch.device | str = "cpu") -> Iterator[None]:
     if dtype is not torch.float32:
         torch.set_default_dtype(torch.float32)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.device(device):
+        # A default device costs every call of torch a detour through Python, so none is set that is there already.
+        already = torch.get_default_device() == torch.device(device)
+        with torch.inference_mode(False), torch.enable_grad(), nullcontext() if already else torch.device(device):
             yield
     finally:
         if dtype is not torch.float32:
