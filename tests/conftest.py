@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: tests use no network
-# before torch is: a process a core, and tiny models gain nothing from threads
+# before torch is: a process a core, tiny models gain nothing from threads, and those that a test asks for do not spin while
+# they wait for a core that another process has
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 
