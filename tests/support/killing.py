@@ -15,11 +15,14 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from wina_convert.format import staging
@@ -28,11 +31,17 @@ from wina_convert.format.staging import staged
 
 # The server imports torch once; each process is forked from it in milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
-# what a conversion imports, so that a process is at its work at once
-LAYERS = [
-    f"wina_convert.conversion.{name}" for name in ("pipeline", "layers", "proof", "turn_proof", "estimate", "card")
-]
-CONTEXT.set_forkserver_preload([*LAYERS, "transformers.models.llama.modeling_llama"])
+CONTEXT.set_forkserver_preload(["support.preloaded"])
+
+
+@cache
+def start_server() -> None:
+    """Start it where tests/support can be imported: it goes by the environment, not by this process's `sys.path`, and is
+    silent about what it cannot import."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        forkserver.ensure_running()
+
 
 # What Python reports before it does it. Writes and fsyncs are no such events: `_watch` adds those.
 EVENTS = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "shutil.copyfile", "shutil.rmtree")
@@ -68,6 +77,7 @@ class Child:
     def __init__(
         self, function: Callable[..., Any], arguments: dict[str, Any], below: Path, at: int = 0, wait: bool = False
     ) -> None:
+        start_server()
         self._messages, theirs = CONTEXT.Pipe(duplex=False)
         self._process: ForkServerProcess = CONTEXT.Process(
             target=_child, args=(function, arguments, str(below), at, wait, theirs), daemon=True
