@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -43,6 +44,7 @@ def problem(seed: int, shape: tuple[int, ...], mask: str, dtype: torch.dtype) ->
     masks = {
         "none": None,
         "boolean": allowed,
+        "a float a head": randn(batch, heads, queries, keys),
         "float": randn(batch, 1, queries, keys).masked_fill(~allowed, torch.finfo(dtype).min),
     }
     query, key, value = (
@@ -52,6 +54,12 @@ def problem(seed: int, shape: tuple[int, ...], mask: str, dtype: torch.dtype) ->
     )
     tensors = {"query": query, "key": key, "value": value, "attention_mask": masks[mask]}
     return {"module": module, "scaling": 0.3, **tensors}
+
+
+def shared(shape: tuple[int, ...]) -> bool:
+    """Whether several heads of one query share a key."""
+    _, heads, kv_heads, queries, _ = shape
+    return queries == 1 and heads > kv_heads
 
 
 def widened(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +92,8 @@ def test_half_precision_is_the_attention_in_float32_rounded_once(seed, shape, ma
         output, weights = attention.attention(**arguments)
     assert weights is None
     assert output.dtype == dtype
-    assert torch.equal(output, sdpa_attention_forward(**widened(arguments))[0].to(dtype))
+    if not shared(shape):
+        assert torch.equal(output, sdpa_attention_forward(**widened(arguments))[0].to(dtype))
     expected = exact(**arguments)
     assert output.shape == expected.shape
     assert ((output.double() - expected).abs() <= torch.finfo(dtype).eps / 2 * expected.abs() + 1e-5).all()
@@ -104,7 +113,44 @@ def test_in_float32_and_with_instructions_for_half_precision_it_is_the_one_of_tr
     output, weights = attention.attention(**arguments)
     assert weights is None
     assert output.dtype == dtype
-    assert torch.equal(output, sdpa_attention_forward(**arguments)[0])
+    expected = sdpa_attention_forward(**arguments)[0]
+    close = 8 * torch.finfo(dtype).eps if shared(shape) else 0.0
+    torch.testing.assert_close(output, expected, rtol=close, atol=close)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 4),
+    group=st.integers(2, 5),
+    keys=st.integers(1, 70),
+    mask=st.sampled_from([*MASKS, "a float a head"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@settings(deadline=None)
+def test_heads_that_share_keys_go_through_them_once(seed, batch, kv_heads, group, keys, mask, dtype):
+    arguments = problem(seed, (batch, kv_heads * group, kv_heads, 1, keys), mask, dtype)
+    shapes: list[torch.Size] = []
+
+    def watched(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        shapes.extend((query.shape, key.shape))
+        return scaled_dot_product_attention(query, key, value, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "multiplies", lambda dtype: True)
+        patch.setattr(attention, "scaled_dot_product_attention", watched)
+        output, weights = attention.attention(**arguments)
+    assert shapes == [(batch, kv_heads, group, 16), (batch, kv_heads, keys, 16)]
+    assert weights is None
+    expected = exact(**arguments)
+    assert output.shape == expected.shape
+    assert ((output.double() - expected).abs() <= 8 * torch.finfo(dtype).eps * (1 + expected.abs())).all()
+
+
+def test_a_bias_by_position_is_left_to_transformers():
+    arguments = problem(3, (1, 8, 2, 1, 33), "none", torch.float32)
+    arguments["position_bias"] = torch.randn(1, 8, 1, 33)
+    assert torch.equal(attention.attention(**arguments)[0], sdpa_attention_forward(**arguments)[0])
 
 
 @pytest.mark.parametrize("mask", MASKS)
