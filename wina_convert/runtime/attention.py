@@ -1,9 +1,9 @@
 """Attention that does not hold up a gated model on a CPU.
 
 Where the processor has no instructions for half precision, torch's attention takes several times as long in bfloat16 as in
-float32. And for a single token it goes through the keys and values once for each head of the query, in bfloat16 at a tenth of
-the memory's speed, though several heads share them (grouped-query attention). Both show once the weights are skipped. The loader
-imports this when transformers is complete.
+float32. And a single token is computed as a vector for each head, in bfloat16 at a tenth of the memory's speed, though several
+heads share keys and values (grouped-query attention). Both show once the weights are skipped. The loader imports this when
+transformers is complete.
 
 It stands in transformers' table under the name "sdpa" and does what stood there before, but for the modules of a model that
 `use` was called on. A name of its own would not do: continuous batching, among others, goes by the names that it knows.
@@ -27,7 +27,7 @@ before = ALL_ATTENTION_FUNCTIONS[SDPA]
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """transformers' "sdpa", in float32 where that is faster, heads that share keys together; same arguments and results.
+    """transformers' "sdpa", in float32 where that is faster, one token as several; same arguments and results.
 
     A paged cache (`cache`) stores the keys as they come, so what goes into one stays as it is.
     """
@@ -41,23 +41,27 @@ def attention(
             attention_mask = attention_mask.float()
         if kwargs.get("position_bias") is not None:
             kwargs["position_bias"] = kwargs["position_bias"].float()
-    if _shares(query, key) and all(kwargs.get(name) is None for name in UNUSUAL):
-        return _together(query, key, value, attention_mask, kwargs.get("dropout", 0.0), kwargs.get("scaling")).to(
-            dtype
-        ), None
+    if _gains(query, key) and all(kwargs.get(name) is None for name in UNUSUAL):
+        y = _together(query, key, value, attention_mask, kwargs.get("dropout", 0.0), kwargs.get("scaling"))
+        return y.to(dtype), None
     output, weights = before(module, query, key, value, attention_mask, **kwargs)
     return output.to(dtype), weights
 
 
-def _shares(query: Tensor, key: Tensor) -> bool:
-    """Whether there is one token, [batch, heads, 1, size], and fewer heads of keys, [batch, kv_heads, keys, size]."""
-    return query.shape[2] == 1 and query.shape[1] > key.shape[1] and len(query) == len(key)
+def _gains(query: Tensor, key: Tensor) -> bool:
+    """Whether there is one token, [batch, heads, 1, size], that is computed faster as several.
+
+    Either there are fewer heads of keys, [batch, kv_heads, keys, size]; or its heads would each be a product of a matrix with one
+    vector, for which torch has no fast code in half precision.
+    """
+    alone = query.shape[2] == 1 and len(query) == len(key)
+    return alone and (query.shape[1] > key.shape[1] or query.dtype in cpu.HALF)
 
 
 def _together(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float | None
 ) -> Tensor:
-    """Attention of one token whose heads share keys, as of several tokens with a head for each of the keys'.
+    """Attention of one token as of several: its heads that share keys, or itself twice.
 
     Args:
         query: [batch, heads, 1, size]; heads that share a key stand beside each other.
@@ -71,10 +75,14 @@ def _together(
         [batch, 1, heads, size of a value].
     """
     batch, heads, _, size = query.shape
-    if mask is not None and mask.shape[1] == heads:
-        mask = mask.reshape(len(mask), key.shape[1], -1, mask.shape[-1])
-    query = query.reshape(batch, key.shape[1], -1, size)
+    if heads == key.shape[1]:
+        query = query.expand(batch, heads, 2, size)
+    else:
+        query = query.reshape(batch, key.shape[1], -1, size)
+        if mask is not None and mask.shape[1] == heads:
+            mask = mask.reshape(len(mask), key.shape[1], -1, mask.shape[-1])
     y = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    y = y[:, :, :1] if heads == key.shape[1] else y
     return y.reshape(batch, 1, heads, value.shape[-1])
 
 
