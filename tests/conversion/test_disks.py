@@ -198,7 +198,7 @@ def test_a_disk_with_too_little_space_is_refused_before_anything_is_computed(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=10**12, used=10**12, free=1000))
     monkeypatch.setattr(
-        "wina_convert.conversion.pipeline.read_sequences", failing(AssertionError("calibration text was read"))
+        "wina_convert.conversion.sample.read_sequences", failing(AssertionError("calibration text was read"))
     )
     out = tmp_path / "out"
     for dry in ((), ("--dry-run",)):

@@ -22,11 +22,11 @@ from ..format.staging import check_space, check_target, staged
 from ..models.device import choose_device
 from ..models.seen import SEEN, record
 from ..models.source import Source, open_source
-from ..models.text import read_apart, read_sequences, sequence_length
+from ..models.text import sequence_length
 from ..pictures import check_available
 from ..progress import Progress, silent
 from . import plot as pictures
-from .files import checkpoint_config, digest, text_name, write_config, write_json
+from .files import checkpoint_config, text_name, write_config, write_json
 from .options import IDENTITY, REPORT, ConversionOptions, documented
 
 
@@ -106,9 +106,10 @@ def _convert(
     from .loss_limit import sparsity_within, within_report
     from .plan import HEAD, make_plan
     from .proof import prove
+    from .sample import read_sample
     from .search import carried_shares, searched
-    from .tuning import carried_tuning, plan_tuning, tune_source, tuned_plan, tuning_sequences
-    from .turn import basis_sequences, carried_basis, find_basis, plan_turn, restored_basis, turned_source
+    from .tuning import carried_tuning, plan_tuning, tune_source, tuned_plan
+    from .turn import carried_basis, find_basis, plan_turn, restored_basis, turned_source
     from .turn_proof import check_turned
 
     source, unused = taken(found_source, asked.allow_unused)
@@ -126,15 +127,8 @@ def _convert(
     # A CPU gains nothing from more sequences at a time, and one by one they give the same bits.
     at_a_time = 1 if device.type == "cpu" else asked.batch_size
 
-    for_basis = basis_sequences(asked.samples, length) if turn else 0
-    others = max(for_basis, tuning_sequences(length) if tuning else 0)
-    if turn:
-        tokens, rest, held_out = read_apart(source, asked.calibration, length, asked.samples, others, asked.seed)
-        seen = torch.cat([tokens, rest])
-    else:
-        seen, held_out = read_sequences(source, asked.calibration, length, asked.samples + others, asked.seed)
-        tokens, rest = seen[: asked.samples], seen[asked.samples :]
-    shown = rest[:for_basis] if len(rest) >= len(tokens) else seen
+    sample = read_sample(source, asked, length, turn is not None, tuning is not None)
+    tokens, held_out = sample.tokens, sample.held_out
     text = text_name(asked.calibration)
     check_space(Path(out), disk_bytes(source, plan, turn, tuning, asked.sparsity, len(tokens), length))
     if asked.dry_run:
@@ -148,9 +142,7 @@ def _convert(
         "source": config.source | {"files": fingerprints(source)},
         "versions": versions,
         "options": used.deciding(REPORT, IDENTITY),
-        "calibration": config.calibration
-        | {"basis_sha256": digest(shown), "held_out_sha256": digest(held_out)}
-        | ({"tuning_sha256": digest(rest)} if tuning else {}),
+        "calibration": config.calibration | sample.digests(tuning is not None),
     }
     with staged(Path(out), identity, asked.resume, asked.keep, asked.overwrite) as staging:
         folder, written, differs = staging.folder, source, None
@@ -158,7 +150,7 @@ def _convert(
         extra: dict[str, Any] = {}
         if turn:
             found = restored_basis(turn, staging.snapshot) or find_basis(
-                turn, plan.dtype, shown, at_a_time, device, asked.seed, progress
+                turn, plan.dtype, sample.shown, at_a_time, device, asked.seed, progress
             )
             differs = check_turned(turn, found, held_out, device, progress)
             written = turned_source(turn, found, plan.dtype if plan.cast else None, device)
@@ -167,7 +159,9 @@ def _convert(
         config = replace(config, shares=plan.budget.stored())
         carried |= carried_shares(plan)
         if tuning:
-            tuned = tune_source(written, plan, tuning, tokens, rest, device, asked.seed, staging, carried, progress)
+            tuned = tune_source(
+                written, plan, tuning, tokens, sample.rest, device, asked.seed, staging, carried, progress
+            )
             carried |= carried_tuning(tuned)
             extra["tuning"] = tuned.report
             if tuned.tuned:
@@ -198,7 +192,7 @@ def _convert(
             **extra,
             "calibration": config.calibration,
             "verification": {"sequences": len(held_out), **proof.as_dict(), **within},
-            SEEN: record(torch.cat([seen, held_out])),
+            SEEN: record(sample.all),
         }
         write_json(folder / REPORT_FILE, report)
         write_card(folder, source, report, pictures.PICTURES if asked.plot else None)
