@@ -4,6 +4,7 @@ What takes seconds to import is imported where it is used: the process that hand
 well, and needs nothing of it.
 """
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is import
 # they wait for a core that another process has
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# compiling this package takes the better part of a second, and a hundred processes would
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 
@@ -27,6 +30,11 @@ if TYPE_CHECKING:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=40, help="how often tests/promises/test_kill.py kills a conversion")
     parser.addoption("--kill-seed", type=int, default=0, help="seed of the moments")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported lives to the end: no collection of garbage walks through it again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

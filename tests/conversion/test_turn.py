@@ -18,6 +18,7 @@ from support.interrupting import interrupted_in_layer
 from support.reference import assert_dense_at_0
 from wina_convert.conversion import turn, turn_proof
 from wina_convert.conversion.turn import carried_basis
+from wina_convert.fitting import fit_basis
 from wina_convert.verbs.verify import verify_folder
 
 FAST: dict[str, Any] = {"samples": 8, "seq_len": 32}
@@ -29,6 +30,11 @@ BASES = {
     "gemma2": "as it was",
     "gpt2": "as it was",
 }
+
+
+@pytest.fixture(autouse=True)
+def fewest_steps(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fit_basis, "STEPS", fit_basis.FEWEST_STEPS)
 
 
 def report_of(folder: Path) -> dict[str, Any]:
@@ -87,7 +93,7 @@ def test_in_half_precision_a_turned_model_rounds_once(tmp_path: Path):
 def test_the_basis_keeps_more_of_the_model_at_the_same_sparsity(tiny: Path, tmp_path: Path):
     rises = {}
     for basis in ("none", "pca", "fitted"):
-        report = wina_convert.convert(str(tiny), tmp_path / basis, basis=basis, samples=24, seq_len=128)
+        report = wina_convert.convert(str(tiny), tmp_path / basis, basis=basis, samples=16, seq_len=64)
         rises[basis] = report["verification"]["held_out"]["kl"]
     assert rises["pca"] < 0.75 * rises["none"]
     assert rises["fitted"] < rises["pca"]

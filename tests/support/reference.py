@@ -20,7 +20,7 @@ from support.experts import matrix_of, replace_experts
 from support.folders import config_of, tensors_of, threshold_of
 from wina_convert.runtime.classes import auto_class
 
-SAMPLES, LENGTH, NEW = 8, 64, 10
+SAMPLES, LENGTH, NEW = 8, 32, 10
 PLACE = re.compile(r"\.(\d+\..+)")
 EDGE = 1e-6  # of the largest score: a multiple of float32's rounding
 

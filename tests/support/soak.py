@@ -111,7 +111,7 @@ class Summary:
 
 
 def soak(folder: str | Path, minutes: float, say: Callable[[str], object] = print) -> Summary:
-    """Generate for so many minutes, the warm-up included.
+    """Generate for so many minutes, the warm-up included, and each thread every job at least once in it and after it.
 
     Args:
         folder: a WINA checkpoint with the vocabulary of wina-lab-tiny.
@@ -156,7 +156,7 @@ def soak(folder: str | Path, minutes: float, say: Callable[[str], object] = prin
     with ThreadPoolExecutor(THREADS) as threads:  # the same four to the end: each has memory of its own
         start = resident(began + min(WARM_UP, 20 * minutes), len(jobs), " (warm-up)")
         while True:
-            last = resident(min(time.monotonic() + 60, end), 1)
+            last = resident(min(time.monotonic() + 60, end), len(jobs))
             if time.monotonic() >= end:
                 return Summary(time.monotonic() - began, total, start, last)
 

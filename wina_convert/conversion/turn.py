@@ -335,19 +335,48 @@ def _folded(
 
 
 def folded_rows(
-    source: Source, fold: Fold, basis: Basis | None, spec: TensorSpec, dtype: torch.dtype, device: torch.device
+    source: Source,
+    fold: Fold,
+    basis: Basis | None,
+    spec: TensorSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    picked: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """A folded tensor in slices of rows, on the device; in one where outputs or values are turned."""
+    """A folded tensor in slices of rows, on the device; in one where outputs or values are turned.
+
+    Args:
+        source: where it is.
+        fold: what becomes of it.
+        basis: the basis; None: the gain alone.
+        spec: the tensor.
+        dtype: of the result.
+        device: to fold on.
+        picked: the rows that are wanted, ascending; None: all.
+    """
     gain = None
     if fold.gain:
         ((_, gain),) = source.read([fold.gain])
         check_finite(source, source.tensors[fold.gain], gain)
     whole = fold.turned == "outputs" or fold.values is not None or fold.transposed
     parts = (part for _, part in source.read([spec.name])) if whole else source.rows(spec.name, SLICE)
-    for part in parts:
+    for part in parts if whole else chosen(parts, picked):
         part = part.to(device)
         check_finite(source, spec, part)
-        yield fold_tensor(basis or _unturned(), fold, part, gain, dtype)
+        made = fold_tensor(basis or _unturned(), fold, part, gain, dtype)
+        yield made[picked] if whole and picked is not None else made
+
+
+def chosen(parts: Iterable[Tensor], picked: Tensor | None) -> Iterator[Tensor]:
+    """Those rows of a tensor, ascending, that comes in slices along its rows; None: all."""
+    start = 0
+    for part in parts:
+        if picked is None:
+            yield part
+        else:
+            inside = picked[(picked >= start) & (picked < start + len(part))] - start
+            yield part[inside]
+            start += len(part)
 
 
 def _unturned() -> Basis:

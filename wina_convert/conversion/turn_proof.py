@@ -15,13 +15,14 @@ from ..models.source import Source
 from ..models.stream import StreamedModel, build_skeleton
 from ..progress import Advance, Progress
 from ..runtime.keys import checkpoint_keys
-from .turn import SLICE, Turn, folded_rows, read_turned
+from .turn import SLICE, Turn, chosen, folded_rows, read_turned
 
 CHECKED = 2  # sequences on which the logits are compared
 TOLERANCE = 1e-5  # of the largest logit
 PRECISIONS = (torch.float32, torch.float64)
 
-Rows = Callable[[str], Iterable[Tensor]]  # slices of a stored tensor along its first dimension, by checkpoint key
+# From a checkpoint key to slices of the tensor along its first dimension; of the rows that are picked, ascending, or of all.
+Rows = Callable[[str, Tensor | None], Iterable[Tensor]]
 
 
 def check_turned(turn: Turn, basis: Basis, tokens: Tensor, device: torch.device, progress: Progress) -> float:
@@ -58,16 +59,16 @@ def _difference(
 ) -> float:
     """The largest difference between logits, as a part of the largest logit, with both models in `dtype`; or NaN."""
 
-    def source_rows(key: str) -> Iterator[Tensor]:
-        for rows in turn.origin.rows(key, SLICE):
+    def source_rows(key: str, picked: Tensor | None) -> Iterator[Tensor]:
+        for rows in chosen(turn.origin.rows(key, SLICE), picked):
             yield rows.to(dtype)
 
-    def turned_rows(key: str) -> Iterator[Tensor]:
+    def turned_rows(key: str, picked: Tensor | None) -> Iterator[Tensor]:
         fold = turn.folds.get(key)
         if fold is None:
-            return source_rows(key)
+            return source_rows(key, picked)
         spec = turn.origin.tensors[fold.copy_of or key]
-        return folded_rows(turn.origin, fold, basis, spec, dtype, device)
+        return folded_rows(turn.origin, fold, basis, spec, dtype, device, picked)
 
     def read_found(keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         return read_turned(turn, basis, keys, device, dtype)
@@ -122,12 +123,7 @@ class _Side:
 
     def run(self, advance: Advance) -> None:
         """From the tokens to the hidden states behind the last layer."""
-        picked, start = [], 0
-        for part in self.rows(self.embedding):
-            inside = self.used[(self.used >= start) & (self.used < start + len(part))] - start
-            picked.append(part[inside])
-            start += len(part)
-        self.replaced = {self.embedding: torch.cat(picked)}
+        self.replaced = {self.embedding: torch.cat(list(self.rows(self.embedding, self.used)))}
         self.states = self.stream.embed(self.ids.split(1))
         for index in range(len(self.stream.layers)):
             with self.stream.layer(index) as layer:
@@ -136,7 +132,7 @@ class _Side:
 
     def logits(self) -> Iterator[Tensor]:
         """Slices of the logits along the vocabulary, on the CPU."""
-        for part in self.rows(self.head_key):
+        for part in self.rows(self.head_key, None):
             self.replaced = {self.head_key: part}
             with self.stream.head() as head:
                 yield torch.cat([head(hidden[0]).cpu() for hidden in self.states])

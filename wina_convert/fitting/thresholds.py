@@ -36,11 +36,13 @@ def threshold_curve(
         [len(grid)], float32, ascending from 0.
     """
     points = sorted(histograms)
+    shares = [asked(sparsity) for sparsity in grid]
+    solved = {level: histograms[level].quantiles(shares) for level in points}
     curve = []
-    for sparsity in grid:
+    for number, sparsity in enumerate(grid):
         below = max((level for level in points if level <= sparsity), default=points[0])
         above = min((level for level in points if level >= sparsity), default=points[-1])
         weight = (sparsity - below) / (above - below) if above > below else 0.0
-        low, high = histograms[below].quantile(asked(sparsity)), histograms[above].quantile(asked(sparsity))
+        low, high = solved[below][number], solved[above][number]
         curve.append(low + weight * (high - low) if sparsity else 0.0)
     return torch.tensor(curve, dtype=torch.float64).cummax(0).values.float()

@@ -36,28 +36,28 @@ def options(target: str, variant: tuple[int, int, int, bool], *more: str) -> lis
 
 
 @cache
-def compiled(variant: tuple[int, int, int, bool]) -> tuple[str, str]:
-    """PTX for the oldest card, and what the compiler said."""
-    code, said = nvrtc.compile_source(SOURCE, options(f"compute_{cuda.OLDEST}", variant))
+def compiled(variant: tuple[int, int, int, bool], arch: int) -> tuple[str, str]:
+    """PTX for a card, and what the compiler said."""
+    code, said = nvrtc.compile_source(SOURCE, options(f"compute_{arch}", variant))
     return code.decode(), said
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_compiles_for_the_oldest_card_without_a_warning(variant):
-    code, said = compiled(variant)
+    code, said = compiled(variant, cuda.OLDEST)
     assert ".entry gated(" in code
     assert said == ""
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_results_are_added_without_atomics_and_the_only_one_counts_arrivals(variant):
-    code, _ = compiled(variant)
+    code, _ = compiled(variant, cuda.OLDEST)
     assert re.findall(r"\b(?:atom|red)\.\S+", code) == ["atom.acq_rel.gpu.global.add.u32"]
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v[3]])
 def test_aligned_weights_are_read_sixteen_bytes_at_a_time(variant):
-    loads = re.findall(r"ld\.global\.nc\.L1::no_allocate\S*", compiled(variant)[0])
+    loads = re.findall(r"ld\.global\.nc\.L1::no_allocate\S*", compiled(variant, cuda.OLDEST)[0])
     assert loads == ["ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32"] * 8
 
 
@@ -79,7 +79,7 @@ def test_where_launches_overlap_nothing_is_read_before_the_wait(arch, waits):
     if arch not in nvrtc.architectures():
         pytest.skip(f"NVRTC {nvrtc.version()} does not compile for {arch}")
     for variant in VARIANTS:
-        code = nvrtc.compile_source(SOURCE, options(f"compute_{arch}", variant))[0].decode()
+        code, _ = compiled(variant, arch)
         body = code[code.index(".entry gated(") :]
         before, wait, after = body.partition("griddepcontrol.wait")
         assert bool(wait) == waits
@@ -90,7 +90,7 @@ def test_where_launches_overlap_nothing_is_read_before_the_wait(arch, waits):
 
 
 def test_the_kernel_and_the_host_agree_on_the_size_of_its_arguments():
-    size = int(re.search(r"\.param .align 8 \.b8 gated_param_0\[(\d+)\]", compiled(VARIANTS[0])[0])[1])
+    size = int(re.search(r"\.param .align 8 \.b8 gated_param_0\[(\d+)\]", compiled(VARIANTS[0], cuda.OLDEST)[0])[1])
     constant, call = cuda._pack_constant(*[0] * (5 * cuda.MATRICES + 4)), cuda._pack_call(*[0] * (3 + cuda.MATRICES))
     assert len(constant + call) == size
 

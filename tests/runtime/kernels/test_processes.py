@@ -1,6 +1,8 @@
 """The compiled kernels for a few rows on a CPU in processes of their own: threads, forks, imports and the cache on disk."""
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -137,8 +139,15 @@ def said_and_kept(folder, **env):
     return lines, imported.strip() == "True", files
 
 
-def test_what_one_process_compiled_the_next_one_reads_from_the_disk_without_the_compiler(tmp_path):
-    said, imported, files = said_and_kept(tmp_path)
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """What the first process says and keeps, and where. Shared: copy the folder to change it."""
+    folder = tmp_path_factory.mktemp("kept")
+    return folder, *said_and_kept(folder)
+
+
+def test_what_one_process_compiled_the_next_one_reads_from_the_disk_without_the_compiler(first):
+    folder, said, imported, files = first
     assert said == [
         "compiling the CPU kernel 'columns' for float32",
         "compiled the CPU kernel 'columns'",
@@ -147,7 +156,7 @@ def test_what_one_process_compiled_the_next_one_reads_from_the_disk_without_the_
     ]
     assert imported
     assert len(files) == 2
-    assert said_and_kept(tmp_path) == ([], not machine.PLACEABLE, files)
+    assert said_and_kept(folder) == ([], not machine.PLACEABLE, files)
 
 
 def test_a_program_without_logging_is_told_once_that_something_is_compiled(tmp_path):
@@ -158,12 +167,13 @@ def test_a_program_without_logging_is_told_once_that_something_is_compiled(tmp_p
 
 
 @pytest.mark.skipif(not machine.PLACEABLE, reason="numba keeps the code here")
-def test_what_is_damaged_or_for_other_options_is_compiled_again(tmp_path):
-    _, _, files = said_and_kept(tmp_path)
+def test_what_is_damaged_or_for_other_options_is_compiled_again(first, tmp_path):
+    folder = Path(shutil.copytree(first[0], tmp_path / "kept"))
+    files = {folder / file.relative_to(first[0]): content for file, content in first[3].items()}
     damaged = min(files)
     damaged.write_bytes(files[damaged][:-1])
-    said, _, again = said_and_kept(tmp_path)
+    said, _, again = said_and_kept(folder)
     assert said == ["compiling the CPU kernel 'columns' for float32", "compiled the CPU kernel 'columns'"]
-    assert said_and_kept(tmp_path) == ([], False, again)
+    assert said_and_kept(folder) == ([], False, again)
     assert set(again) == set(files)
-    assert len(said_and_kept(tmp_path, NUMBA_CPU_FEATURES="", NUMBA_CPU_NAME="generic")[2]) == 4
+    assert len(said_and_kept(folder, NUMBA_CPU_FEATURES="", NUMBA_CPU_NAME="generic")[2]) == 4
