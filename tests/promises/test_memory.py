@@ -41,7 +41,7 @@ def test_depth_does_not_raise_the_peak(shallow: int, tmp_path: Path) -> None:
     source = make_model("llama", tmp_path / "source", num_hidden_layers=12, **LAYER)
     layer = sizes(source)[0]
     assert 12e6 < layer < 14e6
-    assert peak_of_conversion(source, tmp_path / "wina", "plot") - shallow < 2 * layer + 16 * MB  # 8 more are 100 MB
+    assert peak_of_conversion(source, tmp_path / "wina", "plot") - shallow < layer + 15 * MB  # 8 more are 100 MB
 
 
 def test_large_embeddings_are_in_memory_once(shallow: int, tmp_path: Path) -> None:
