@@ -167,6 +167,5 @@ def finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    return all(
-        bool(torch.isfinite(end)) for end in torch.aminmax(tensor)
-    )  # which pass NaN on, in one pass without temporaries
+    ends = torch.aminmax(tensor)  # which pass NaN on, in one pass without temporaries
+    return all(bool(end.isfinite()) for end in ends)

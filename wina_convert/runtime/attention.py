@@ -75,15 +75,14 @@ def _together(
         [batch, 1, heads, size of a value].
     """
     batch, heads, _, size = query.shape
-    if heads == key.shape[1]:
-        query = query.expand(batch, heads, 2, size)
-    else:
-        query = query.reshape(batch, key.shape[1], -1, size)
-        if mask is not None and mask.shape[1] == heads:
-            mask = mask.reshape(len(mask), key.shape[1], -1, mask.shape[-1])
+    group = heads // key.shape[1]
+    query = query.reshape(batch, -1, group, size)
+    if group == 1:
+        query = query.expand(-1, -1, 2, -1)
+    if mask is not None and mask.shape[1] == heads:
+        mask = mask.reshape(len(mask), -1, group, mask.shape[-1])
     y = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
-    y = y[:, :, :1] if heads == key.shape[1] else y
-    return y.reshape(batch, 1, heads, value.shape[-1])
+    return y[:, :, :group].reshape(batch, 1, heads, value.shape[-1])
 
 
 def use(model: Any, used: bool = True) -> None:
