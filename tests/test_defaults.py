@@ -29,6 +29,8 @@ from wina_convert.verbs.generate import generate
 from wina_convert.verbs.inspect import inspect_checkpoint
 from wina_convert.verbs.verify import verify_folder
 
+pytestmark = pytest.mark.slow
+
 MODEL = "one layer"  # see support/shared.py
 PROMPT = torch.tensor([[1, 310, 7, 1999, 45]])
 
@@ -162,7 +164,7 @@ def written(tmp_path_factory):
     return write
 
 
-@pytest.mark.parametrize("basis", ["none", pytest.param("fitted", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("basis", ["none", "fitted"])
 def test_a_conversion_writes_the_same_bytes(basis, strange, source, written, tmp_path, monkeypatch):
     monkeypatch.setattr(fit_basis, "STEPS", fit_basis.FEWEST_STEPS)
     expected = written(source, basis)
@@ -215,7 +217,6 @@ def gemma(tmp_path_factory):
     return make_model("gemma3_text", tmp_path_factory.mktemp("gemma") / "dense")
 
 
-@pytest.mark.slow
 def test_rotary_frequencies_and_masks_which_no_folder_holds_are_the_same(strange, gemma, written, tmp_path: Path):
     with strange():
         wina_convert.convert(str(gemma), tmp_path / "strange", samples=4, seq_len=32, basis="none")
@@ -235,7 +236,6 @@ assert cpu.compiled(model.dtype)
 """
 
 
-@pytest.mark.slow
 def test_what_is_set_before_the_package_is_imported_changes_nothing(converted):
     with torch.no_grad():
         expected = wina_convert.load(str(converted))(PROMPT).logits.double().sum().item()

@@ -15,6 +15,8 @@ from support.commands import SMALL, Terminal, contents, refused, run, run_wina, 
 from wina_convert.cli import wina, wina_convert
 from wina_convert.progress import grouped, lines
 
+pytestmark = pytest.mark.slow
+
 MODEL = "one layer"  # see support/shared.py
 
 
@@ -28,7 +30,6 @@ def test_json_is_the_report_and_stdout_holds_nothing_else(source: Path, tmp_path
     assert "Calibrating" in result.stderr
 
 
-@pytest.mark.slow
 def test_the_command_the_verb_and_the_function_make_the_same_files(source: Path, tmp_path: Path):
     succeeded(run(source, "--out", tmp_path / "command", "--targets", "mlp,*.q_proj", "--seed", "3", *SMALL))
     repeated = ("--targets", "mlp", "--targets", "*.q_proj")
@@ -65,7 +66,6 @@ def test_a_summary_says_what_was_asked_and_achieved_and_how_to_go_on(source: Pat
     wina.commands["generate"].make_context("generate", shlex.split(command)[2:])
 
 
-@pytest.mark.slow
 def test_without_a_terminal_progress_is_plain_lines_that_reach_the_total(tiny: Path, tmp_path: Path):
     result = run(tiny, "--out", tmp_path / "out", *SMALL)
     succeeded(result)
@@ -187,7 +187,6 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(tiny: Path, tmp_path: Pat
     assert contents(tmp_path) == {}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.0, 0.65])
 def test_a_dry_run_counts_what_the_conversion_writes(sparsity: float, tiny: Path, tmp_path: Path):
     out = tmp_path / "out"
@@ -213,7 +212,6 @@ def test_a_dry_run_counts_what_the_conversion_writes(sparsity: float, tiny: Path
 # --- pictures ---
 
 
-@pytest.mark.slow
 def test_plot_adds_two_pictures(source: Path, tmp_path: Path):
     succeeded(run(source, "--out", tmp_path / "out", "--plot", *SMALL))
     pictures = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.png")}

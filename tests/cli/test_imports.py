@@ -9,6 +9,8 @@ import pytest
 from support.edits import edit_config
 from support.processes import in_new_process
 
+pytestmark = pytest.mark.slow
+
 MODEL = "kilobytes"
 HEAVY = (
     "transformers.modeling_utils",
@@ -64,7 +66,6 @@ print(json.dumps([result.exit_code, result.stderr]))
 """
 
 
-@pytest.mark.slow
 def test_a_new_process_shows_no_bars_of_other_libraries(converted: Path):
     (code, shown), _ = in_new_process(GENERATE, converted)
     assert code == 0

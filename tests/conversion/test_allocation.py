@@ -27,6 +27,8 @@ from wina_convert.models.source import open_source
 from wina_convert.verbs.inspect import inspect_checkpoint
 from wina_convert.verbs.verify import verify_folder
 
+pytestmark = pytest.mark.slow
+
 SPREAD = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 FAST: dict[str, Any] = {"samples": 8, "seq_len": 32, "basis": "none", "allocation": "types"}
 
@@ -255,7 +257,6 @@ def test_what_stays_dense_is_not_in_the_mean(tmp_path: Path):
     verify_folder(tmp_path / "out")
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("snapshots")
 def test_an_interrupted_conversion_goes_on_to_the_same_bytes(tmp_path: Path):
     source = make_model("llama", tmp_path / "source", num_hidden_layers=3)

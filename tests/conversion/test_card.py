@@ -12,6 +12,8 @@ from support.cards import run_snippets
 from support.commands import SMALL, contents, run, succeeded
 from support.folders import tensors_of
 
+pytestmark = pytest.mark.slow
+
 MODEL = "one layer"  # see support/shared.py
 
 
@@ -82,7 +84,6 @@ def test_a_card_and_the_terminal_say_that_the_text_holds_less_than_was_asked_for
     assert "999 were asked for; the text is short." in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "card", ["", "no metadata", "---\n: broken: [yaml\n---\n", "---\ntags: 7\n---\n", b"---\nlicense: \xff\n---\n"]
 )

@@ -34,6 +34,8 @@ from wina_convert.verbs.inspect import inspect_checkpoint
 from wina_convert.verbs.retarget import retarget
 from wina_convert.verbs.verify import verify_folder
 
+pytestmark = pytest.mark.slow
+
 QUICK = ("mixtral",)
 PLAIN = ("mixtral", "qwen3_moe", "olmoe")  # SiLU, gate behind up, no biases: as the few lines of support.experts
 

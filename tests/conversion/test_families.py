@@ -43,6 +43,8 @@ from wina_convert.models.source import open_source
 from wina_convert.runtime import attention
 from wina_convert.runtime.linear import WinaLinear
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -133,7 +135,6 @@ def test_between_the_points_of_the_grid_it_is_the_reference_too(tmp_path: Path) 
         assert_equals_reference(dense, tmp_path / "gated", sparsity)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "exact", "loose"), [(torch.bfloat16, 0.03, 0.2), (torch.float16, 0.004, 0.1)])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "gpt2"])
 def test_half_precision(family: str, dtype: torch.dtype, exact: float, loose: float, tmp_path: Path) -> None:
@@ -201,7 +202,6 @@ def test_a_tied_model_that_stores_its_head_all_the_same(change: float, tmp_path:
     assert torch.equal(written["model.embed_tokens.weight"], embedding)
 
 
-@pytest.mark.slow
 def test_shards_in_and_shards_out_change_nothing(tmp_path: Path) -> None:
     one = make_model("llama", tmp_path / "one")
     many = make_model("llama", tmp_path / "many", max_shard_size="50KB")

@@ -16,6 +16,8 @@ from support.commands import SMALL, contents, run, run_wina, succeeded
 from wina_convert.format.names import MANIFEST
 from wina_convert.runtime.linear import gated_modules
 
+pytestmark = pytest.mark.slow
+
 MODEL = "one layer"  # see support/shared.py
 
 
@@ -161,7 +163,6 @@ def test_retarget_changes_the_one_number(
     assert json.loads(new)["quantization_config"]["sparsity"] == 0.3125
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["as saved", "compact", "blanks around"])
 @pytest.mark.parametrize("field", ["dtype", "torch_dtype", None])
 def test_a_chosen_dtype_changes_the_dtype_alone(name: str, field: str | None, source: Path, tmp_path: Path):

@@ -18,6 +18,8 @@ from wina_convert import WinaConfig, convert, load
 from wina_convert.errors import CalibrationError, CheckpointError, OptionError
 from wina_convert.verbs.export import export
 
+pytestmark = pytest.mark.slow
+
 MODEL = "one layer"  # see support/shared.py
 SMALL = {"samples": 4, "seq_len": 16}
 
@@ -176,7 +178,6 @@ except wina_convert.WinaError as error:
 """
 
 
-@pytest.mark.slow
 def test_tensor_parallel_is_refused_with_the_reason(tiny: Path, wina_tiny: Path):
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     said, _ = in_new_process(SPLIT, str(tiny), str(wina_tiny), **alone)

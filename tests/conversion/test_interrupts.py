@@ -19,10 +19,11 @@ from support.interrupting import CALIBRATE, HIDDEN, STEPS, count_layers, interru
 from wina_convert.errors import VerificationError
 from wina_convert.format.names import SNAPSHOT
 
+pytestmark = pytest.mark.slow
+
 MODEL = "three layers"  # see support/shared.py
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("step", "call", "finished"), STEPS)
 @pytest.mark.parametrize(("keep", "old"), [(True, True), (False, False)], ids=["keep-overwrite", "no-keep-new"])
 def test_an_interrupt_at_any_step_keeps_what_was_there(
@@ -103,7 +104,6 @@ def test_a_signal_at_work_is_an_interrupt(
     assert [path.name for path in tmp_path.iterdir()] == ([] if layer == 1 else [HIDDEN])
 
 
-@pytest.mark.slow
 def test_ctrl_c_ends_a_running_program_and_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "wina_convert", tiny, "--out", tmp_path / "out"]
     process = subprocess.Popen(

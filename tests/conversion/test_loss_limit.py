@@ -18,6 +18,8 @@ from wina_convert.models import documents, text
 from wina_convert.models.source import open_source
 from wina_convert.verbs.verify import verify_folder
 
+pytestmark = pytest.mark.slow
+
 FAST: dict[str, Any] = {"samples": 16, "seq_len": 64, "basis": "none"}
 
 

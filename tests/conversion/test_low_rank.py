@@ -26,6 +26,8 @@ from wina_convert.verbs.inspect import inspect_checkpoint
 from wina_convert.verbs.retarget import retarget
 from wina_convert.verbs.verify import verify_folder
 
+pytestmark = pytest.mark.slow
+
 FAST: dict[str, Any] = {"samples": 8, "seq_len": 32, "basis": "none"}
 NAME = "model.layers.1.mlp.down_proj"
 

@@ -62,6 +62,7 @@ def test_targets_and_ignore_choose_what_is_gated(
     assert all(torch.equal(source[name], written[name]) for name in dense)
 
 
+@pytest.mark.slow
 def test_ignore_leaves_a_whole_layer_dense(tiny: Path, tmp_path: Path) -> None:
     report = wina_convert.convert(str(tiny), tmp_path / "out", ignore=["model.layers.0.*"], **FAST)
     assert {name.split(".")[2] for name in report["projections"]} == {"1", "2", "3"}
@@ -90,6 +91,7 @@ def test_a_choice_that_gates_nothing_or_matches_nothing_is_an_error(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["tiny", "llama", "gpt2", "gpt_neox"])
 def test_a_dry_run_touches_nothing_and_counts_the_bytes_of_a_token(
     family: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -249,6 +251,7 @@ def test_tensors_keep_a_dtype_of_their_own(tmp_path: Path) -> None:
         assert (model(prompt).logits.float() - expected).norm() < 0.03 * expected.norm()
 
 
+@pytest.mark.slow
 def test_every_progress_step_ends_at_its_total(tiny: Path, tmp_path: Path) -> None:
     steps: dict[str, list[Any]] = {}
 

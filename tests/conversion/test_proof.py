@@ -21,6 +21,8 @@ from wina_convert.models.source import open_source
 from wina_convert.models.text import load_tokenizer, sequences, split
 from wina_convert.progress import silent
 
+pytestmark = pytest.mark.slow
+
 MODEL = "biases and a tied head"  # see support/shared.py
 
 FILE = "model.safetensors"

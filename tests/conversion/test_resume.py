@@ -202,6 +202,7 @@ def test_resume_with_nothing_unfinished_converts(source: Path, converted: Path, 
     assert files_of(tmp_path / "out") == files_of(converted)
 
 
+@pytest.mark.slow
 def test_the_command_refuses_an_unfinished_conversion_and_resumes_it_when_told(
     unfinished: Path, source: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

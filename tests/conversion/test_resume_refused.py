@@ -12,6 +12,8 @@ from support.commands import SMALL, contents, refused, run, succeeded
 from support.interrupting import interrupt_in_layer
 from wina_convert.verbs.verify import verify_folder
 
+pytestmark = pytest.mark.slow
+
 MODEL = "three layers"  # see support/shared.py
 
 

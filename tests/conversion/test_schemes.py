@@ -23,6 +23,8 @@ from wina_convert.runtime.linear import gated_modules
 from wina_convert.verbs.inspect import inspect_checkpoint
 from wina_convert.verbs.verify import verify_folder
 
+pytestmark = pytest.mark.slow
+
 FAST: dict[str, Any] = {"samples": 8, "seq_len": 32}
 WEIGHTED = ("k_proj", "gate_proj", "c_attn", "c_fc")
 MADE = [(scheme, "qwen2", "none") for scheme in SCHEMES if scheme != "wina"]
@@ -108,7 +110,6 @@ def test_column_weights_of_another_scheme_do_not_verify(made: tuple[str, Path], 
             verify_folder(folder)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_columns_of_zeros_are_skipped_first_in_every_scheme(scheme: str, tmp_path: Path):
     source, generator = make_model("llama", tmp_path / "source"), torch.Generator().manual_seed(0)

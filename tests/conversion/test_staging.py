@@ -19,6 +19,8 @@ from wina_convert.errors import CheckpointError, VerificationError
 from wina_convert.format.names import REPORT, SNAPSHOT
 from wina_convert.format.staging import recover
 
+pytestmark = pytest.mark.slow
+
 MODEL = "three layers"  # see support/shared.py
 
 
@@ -173,7 +175,6 @@ def test_a_second_conversion_is_refused_and_leaves_the_first_alone(tmp_path: Pat
         pass
 
 
-@pytest.mark.slow
 def test_a_conversion_in_another_process_refuses_the_command_until_it_is_killed(source: Path, tmp_path: Path) -> None:
     arguments = {"model": str(source), "out": tmp_path / "out", **FAST}
     out = tmp_path / "out"
@@ -212,7 +213,6 @@ def test_no_lock_is_given_twice_while_one_ends(tmp_path: Path, monkeypatch: pyte
 # --- what is on the disk, not only on its way to it ---
 
 
-@pytest.mark.slow
 def test_nothing_is_relied_on_that_a_power_cut_could_take(source: Path, tmp_path: Path) -> None:
     """A snapshot says that weights are there, and the target's name that all is."""
     model = shutil.copytree(source, tmp_path / "source")

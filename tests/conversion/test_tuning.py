@@ -32,6 +32,8 @@ from wina_convert.runtime.linear import gated_modules
 from wina_convert.verbs.inspect import inspect_checkpoint
 from wina_convert.verbs.verify import verify_folder
 
+pytestmark = pytest.mark.slow
+
 FAST: dict[str, Any] = {"samples": 8, "seq_len": 64, "basis": "none", "allocation": "types", "tune": True}
 QUICK = {"STEPS": 4, "LOOK": 2, "LEVEL_TOKENS": 64}
 BETTER = {"STEPS": 20, "LOOK": 10, "LEVEL_TOKENS": 192}  # enough to be kept
@@ -195,7 +197,6 @@ def test_too_little_text_leaves_it_untuned(tmp_path: Path):
     assert "kl_after" not in report["tuning"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "phi3", "qwen2", "gemma2"])
 def test_families_are_tuned(family: str, tmp_path: Path):
     source = make_model(family, tmp_path / "source")
@@ -231,7 +232,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return files_of(out)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [3, 4])
 def test_learning_is_resumed_to_the_same_bytes(number: int, whole: dict[str, bytes], tmp_path: Path):
     assert resume(TINY, tmp_path / "out", lambda patched: stop_at_step(patched, number)) == 2
@@ -243,7 +243,6 @@ def test_what_was_learned_is_resumed_to_the_same_bytes(whole: dict[str, bytes], 
     assert files_of(tmp_path / "out") == whole
 
 
-@pytest.mark.slow
 def test_learning_in_another_basis_is_resumed_to_the_same_bytes(tmp_path: Path):
     source = make_model("llama", tmp_path / "source")
     wina_convert.convert(str(source), tmp_path / "whole" / "out", **FAST | {"basis": "pca"})

@@ -21,6 +21,8 @@ from wina_convert.conversion.turn import carried_basis
 from wina_convert.fitting import fit_basis
 from wina_convert.verbs.verify import verify_folder
 
+pytestmark = pytest.mark.slow
+
 FAST: dict[str, Any] = {"samples": 8, "seq_len": 32}
 BASES = {
     "llama": "turned",
@@ -42,10 +44,7 @@ def report_of(folder: Path) -> dict[str, Any]:
     return report
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "family", [name if name == "llama-tied" else pytest.param(name, marks=pytest.mark.slow) for name in BASES]
-)
+@pytest.mark.parametrize("family", BASES)
 @pytest.mark.parametrize("basis", ["pca", "fitted"])
 def test_at_sparsity_0_the_turned_checkpoint_is_the_source(family: str, basis: str, tmp_path: Path):
     dense = make_model(family, tmp_path / "dense")
@@ -62,7 +61,6 @@ def test_at_sparsity_0_the_turned_checkpoint_is_the_source(family: str, basis: s
     verify_folder(tmp_path / "gated")
 
 
-@pytest.mark.slow
 def test_the_weights_of_a_turned_checkpoint_are_others_and_its_norms_have_no_gain(tmp_path: Path):
     dense = make_model("llama-tied", tmp_path / "dense")
     wina_convert.convert(str(dense), tmp_path / "gated", basis="pca", **FAST)
@@ -78,7 +76,6 @@ def test_the_weights_of_a_turned_checkpoint_are_others_and_its_norms_have_no_gai
     assert not torch.allclose(q, torch.eye(len(q), dtype=torch.float64), atol=0.1)
 
 
-@pytest.mark.slow
 def test_in_half_precision_a_turned_model_rounds_once(tmp_path: Path):
     dense = make_model("llama", tmp_path / "dense", torch.bfloat16)
     wina_convert.convert(str(dense), tmp_path / "gated", basis="pca", **FAST)
@@ -89,7 +86,6 @@ def test_in_half_precision_a_turned_model_rounds_once(tmp_path: Path):
     assert ((expected - found).abs().max() / expected.abs().max()) < 0.02
 
 
-@pytest.mark.slow
 def test_the_basis_keeps_more_of_the_model_at_the_same_sparsity(tiny: Path, tmp_path: Path):
     rises = {}
     for basis in ("none", "pca", "fitted"):
@@ -143,7 +139,6 @@ def test_a_turned_model_that_differs_stops_the_conversion_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
-@pytest.mark.slow
 def test_a_resumed_conversion_has_the_same_basis_without_finding_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -19,6 +19,8 @@ from wina_convert.models.source import open_source
 from wina_convert.progress import silent
 from wina_convert.runtime.linear import WinaLinear
 
+pytestmark = pytest.mark.slow
+
 HEADS: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 8}
 TYPES: dict[str, dict[str, Any]] = {
     "opt": {},  # a block that returns a tuple, LayerNorm, biases

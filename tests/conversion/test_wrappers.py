@@ -28,6 +28,8 @@ from wina_convert.verbs.inspect import inspect_checkpoint
 from wina_convert.verbs.retarget import retarget
 from wina_convert.verbs.verify import verify_folder
 
+pytestmark = pytest.mark.slow
+
 QUICK = ("gemma3", "qwen3_5")
 KINDS = [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in WRAPPERS]
 

@@ -16,6 +16,8 @@ from wina_convert.fitting.layer import Layer, dense_layer
 from wina_convert.format.grid import GRID
 from wina_convert.runtime.linear import WinaLinear
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def gates() -> dict[str, WinaLinear]:

@@ -15,6 +15,8 @@ from wina_convert.fitting.measured import LEVELS, curve, errors, halfway, least,
 from wina_convert.format.grid import GRID
 from wina_convert.runtime.linear import WinaLinear
 
+pytestmark = pytest.mark.slow
+
 
 def layer_of(gates: dict[str, WinaLinear]) -> Layer:
     return dense_layer(run_of(gates), gates, STATES)

@@ -13,6 +13,8 @@ from wina_convert.fitting.student import WIDTH, Skip, Student, divergence, even_
 from wina_convert.fitting.tune import LEVELS, Texts, Tuned, tune
 from wina_convert.format.grid import GRID
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +134,6 @@ def test_budget_and_biases_along_the_grid_are_what_was_learned_at_the_levels():
 # --- the learning ---
 
 
-@pytest.mark.slow
 def test_it_helps_at_every_level_on_text_that_it_did_not_learn_from(texts: Texts, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tuning, "STEPS", 16)
     monkeypatch.setattr(tuning, "LOOK", 8)

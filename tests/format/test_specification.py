@@ -112,6 +112,7 @@ def in_float64(folder: Path, module: str, x: Tensor, sparsity: float) -> Tensor:
     return y
 
 
+@pytest.mark.slow
 def test_the_reader_reproduces_every_gated_product(checkpoint: Path) -> None:
     model, reader = wina_convert.load(str(checkpoint)), Reader(checkpoint)
     generator = torch.Generator().manual_seed(3)

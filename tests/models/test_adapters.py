@@ -21,7 +21,10 @@ from wina_convert import convert
 from wina_convert.models.source import open_source
 from wina_convert.verbs.export import export
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.is_gradient_checkpointing:FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.is_gradient_checkpointing:FutureWarning"),
+]
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 

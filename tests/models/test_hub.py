@@ -15,6 +15,8 @@ from support.families import make_model
 from support.hub import Hub, use_endpoint
 from wina_convert.models.source import open_source
 
+pytestmark = pytest.mark.slow
+
 NAME = "lab/tiny-llama"
 CARD = """---
 license: apache-2.0
@@ -231,7 +233,6 @@ def test_what_was_downloaded_once_is_planned_without_a_network(
     }
 
 
-@pytest.mark.slow
 def test_what_was_downloaded_once_converts_without_a_network(
     hub: Hub, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -15,6 +15,8 @@ from wina_convert.models.handed import Stored, packed, unpacked
 from wina_convert.models.source import open_source
 from wina_convert.models.stream import dense_stream
 
+pytestmark = pytest.mark.slow
+
 TYPES = {
     "gemma4_text": {},  # each layer is given an embedding of the tokens of its own
     "gemma4_text sharing": {  # later layers take keys and values of earlier ones, in heads of two widths

@@ -99,6 +99,7 @@ def test_plan_report_and_terminal_name_what_is_left_out(changed, source: Path, t
     assert not set(extra) & set(tensors_of(tmp_path / "out"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("basis", ["none", "pca"])
 def test_a_tied_matrix_may_be_stored_as_the_head(basis: str, source: Path, tmp_path: Path):
     folder = Path(shutil.copytree(source, tmp_path / "model"))

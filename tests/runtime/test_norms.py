@@ -15,6 +15,8 @@ from wina_convert.runtime import norms
 from wina_convert.runtime.grouping import SWITCH
 from wina_convert.runtime.norms import FusedNorm
 
+pytestmark = pytest.mark.slow
+
 
 class Norm(nn.Module):
     """As transformers writes it."""

@@ -16,6 +16,8 @@ from wina_convert import convert, load
 from wina_convert.errors import CheckpointError, OptionError, WinaError
 from wina_convert.runtime.linear import DenseLinear, WinaLinear
 
+pytestmark = pytest.mark.slow
+
 
 def classes(model: nn.Module) -> list[type[nn.Module]]:
     return [type(module) for module in model.modules()]

@@ -25,6 +25,8 @@ from support.reference import reference
 from wina_convert import convert, load, set_sparsity
 from wina_convert.runtime.linear import WinaLinear, gated_modules, observing
 
+pytestmark = pytest.mark.slow
+
 EXACT = ("column_norms", "thresholds", "tau")
 
 
@@ -181,7 +183,6 @@ def test_a_left_padded_batch_gives_what_single_rows_give(model):
     assert torch.equal(together, torch.cat([greedy(model, row) for row in rows]))
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch imports its own past
 def test_a_compiled_model_is_one_graph_with_a_static_cache_too_and_equals_the_eager_one(tmp_path):
     convert(

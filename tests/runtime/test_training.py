@@ -156,6 +156,7 @@ def test_merging_is_refused_with_its_reason_and_taking_it_off_is_not(wina_tiny: 
     assert torch.equal(logits(model.unload()), logits(load(str(wina_tiny))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_what_the_reason_says_to_do_gives_the_adapted_model(family: str, tmp_path: Path):
     source = make_model(family, tmp_path / "source")

@@ -233,6 +233,7 @@ def test_vllm_finds_the_plug_in_by_its_entry_point(vllm):
     assert {name: method.__name__ for name, method in vllm.registered.items()} == {"wina": "WinaVllmConfig"}
 
 
+@pytest.mark.slow
 def test_nothing_else_imports_the_plug_in():
     code = "import json, sys, wina_convert.cli, wina_convert.runtime.loader; print(json.dumps(list(sys.modules)))"
     imported, _ = in_new_process(code)

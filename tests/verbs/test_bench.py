@@ -23,6 +23,8 @@ from wina_convert.verbs.bench import bench_model
 from wina_convert.verbs.bench_products import bench_products
 from wina_convert.verbs.benchmark import Benchmark, ProductSpeed, Speed
 
+pytestmark = pytest.mark.slow
+
 Calls = list[SimpleNamespace]
 SHORT: dict[str, Any] = {"prompt_tokens": 16, "tokens": 3, "repeats": 2}
 FLAGS = ("--prompt-tokens", 16, "--tokens", 3, "--repeats", 2)

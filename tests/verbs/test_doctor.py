@@ -15,6 +15,8 @@ from wina_convert.runtime.kernels import cpu
 from wina_convert.verbs import benchmark, doctor
 from wina_convert.verbs.doctor import Diagnosis, Kernel, diagnose
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def fresh() -> Iterator[None]:

@@ -16,6 +16,8 @@ from support.folders import config_of, tensors_of
 from wina_convert import pictures
 from wina_convert.models.documents import bundled_files
 
+pytestmark = pytest.mark.slow
+
 TEXT = "".join(f"In year {year} the harvest was {year % 7} times that of the year before.\n" for year in range(120))
 FEW = ("--seq-len", 32, "--samples", 4, "--quiet")
 

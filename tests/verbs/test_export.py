@@ -22,6 +22,8 @@ from wina_convert.errors import VerificationError
 from wina_convert.format.names import CARD, CONFIG
 from wina_convert.verbs.export import export
 
+pytestmark = pytest.mark.slow
+
 MODEL = "kilobytes in shards"  # see support/shared.py
 WRITE = "wina_convert.format.shard_writer.ShardWriter.write"
 FAST: dict[str, Any] = {"samples": 4, "seq_len": 16}

@@ -15,6 +15,8 @@ from support.edits import edit_fields
 from wina_convert.runtime.kernels import cpu
 from wina_convert.verbs.generate import generate
 
+pytestmark = pytest.mark.slow
+
 MODEL = "one layer"  # see support/shared.py
 GREEDY = ("--temperature", 0, "--repetition-penalty", 1)
 

@@ -145,6 +145,7 @@ def test_a_retargeted_checkpoint_loads_at_its_new_sparsity(sparsity: float, conv
     assert {gate.sparsity for gate in gated_modules(model).values()} == {sparsity}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("basis", ["none", "pca"])
 def test_report_and_card_follow(basis: str, source: Path, tmp_path: Path):
     options = ("--samples", 4, "--seq-len", 16, "--quiet", "--basis", basis)

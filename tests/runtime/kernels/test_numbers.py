@@ -223,7 +223,8 @@ def test_every_path_makes_the_same_decision_next_to_a_tie(seed, rows, n, dtype, 
     tau = cutoffs(torch.tensor(threshold), norms)
     nearest = tau.to(dtype).clamp(max=torch.finfo(dtype).max)
     bits = torch.int32 if dtype is torch.float32 else torch.int16
-    x = (nearest.view(bits) + ulps).view(dtype).clamp(max=torch.finfo(dtype).max).repeat(rows, 1)
+    largest = int(torch.tensor(torch.finfo(dtype).max, dtype=dtype).view(bits))  # behind it come infinity and NaN
+    x = (nearest.view(bits) + ulps).clamp(max=largest).view(dtype).repeat(rows, 1)
     x *= torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
     expected = x.double().abs() > tau.double()
     assert torch.equal(~dropped(x, tau), expected)
