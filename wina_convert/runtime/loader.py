@@ -89,7 +89,7 @@ class WinaQuantizer(HfQuantizer):
         divide(plan, gated_modules(model), chosen)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        from . import attention, norms  # here, because transformers imports this module before it is complete
+        from . import attention, cache, norms  # here, because transformers imports this module before it is complete
 
         if not self.pre_quantized:
             self._gate(model)
@@ -98,6 +98,7 @@ class WinaQuantizer(HfQuantizer):
         configure(model, self.quantization_config)
         group(model)
         attention.use(model, not self.chosen_attention)
+        cache.use(model)
         norms.use(model)
         for module in model.modules():
             if hasattr(module, "save_pretrained"):  # a part of the model that is saved alone needs the sentinel too

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from . import attention, norms
+from . import attention, cache, norms
 from .experts import opened_experts
 from .install import keep_hook
 from .linear import DenseLinear, WinaLinear, gated_modules
@@ -43,6 +43,7 @@ def restore(model: Any, dtype: torch.dtype | None = None) -> None:
         if module is not model:
             vars(module).pop("hf_quantizer", None)
     attention.use(model, False)
+    cache.use(model, False)
     norms.use(model, False)
     model.config._is_quantized = False
     for parameter in model.parameters() if dtype not in (None, model.config.dtype) else ():
