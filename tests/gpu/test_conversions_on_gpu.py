@@ -13,7 +13,7 @@ from wina_convert.fitting import tune as learning
 from wina_convert.verbs.verify import verify_folder
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "tuned": {"tune": True},
+    "tuned": {"tune": True, "allocation": "types"},  # what few steps improve
     "low-rank": {"scheme": "r-sparse"},
     "head": {"targets": ("all", "head")},
 }

@@ -32,9 +32,7 @@ def held(layer: DynamicLayer) -> list[Tensor]:
     st.integers(0, 2**32 - 1),
     st.lists(
         st.tuples(
-            st.sampled_from(
-                ["append", "append", "append", "crop", "reorder", "repeat", "select", "reset", "copy", "share"]
-            ),
+            st.sampled_from(["append", "append", "append", "crop", "reorder", "repeat", "select", "copy", "share"]),
             st.integers(1, 5),
             st.sampled_from(list(MODES)),
         ),
@@ -66,8 +64,6 @@ def test_whatever_happens_to_it_it_holds_what_transformers_would_and_changes_not
                         layer.batch_repeat_interleave(2)
                     elif action == "select" and batch > 1:
                         layer.batch_select_indices(torch.arange(batch - 1))
-                    elif action == "reset":
-                        layer.reset()
                 if action in ("copy", "share"):
                     pairs.append(
                         tuple((copy.deepcopy if action == "copy" else copy.copy)(one) for one in (plain, roomy))
