@@ -28,7 +28,8 @@ def cut(tokens: torch.Tensor, length: int, offset: int = 0) -> torch.Tensor:
 def test_the_same_text_is_known_however_it_is_cut(seed: int, offset: int, length: int):
     seen = fingerprints(cut(text(seed), 512))
     assert overlap(cut(text(seed), length, offset), seen) > 0.8
-    assert overlap(cut(text(seed + 1), length, offset), seen) < 0.01  # hashes of 32 bits may meet
+    other = cut(text(seed + 1), length, offset)
+    assert round(overlap(other, seen) * len(fingerprints(other))) <= 1  # two hashes of 32 bits may meet
 
 
 def test_a_part_of_the_text_counts_for_its_share():

@@ -89,7 +89,7 @@ class WinaQuantizer(HfQuantizer):
         divide(plan, gated_modules(model), chosen)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        from . import attention, cache, norms  # here, because transformers imports this module before it is complete
+        from . import decoding  # here, because transformers imports this module before it is complete
 
         if not self.pre_quantized:
             self._gate(model)
@@ -97,9 +97,7 @@ class WinaQuantizer(HfQuantizer):
             raise CheckpointError("tensor parallelism of a gated model needs transformers 5.21 or later; upgrade it")
         configure(model, self.quantization_config)
         group(model)
-        attention.use(model, not self.chosen_attention)
-        cache.use(model)
-        norms.use(model)
+        decoding.use(model, own_attention=not self.chosen_attention)
         for module in model.modules():
             if hasattr(module, "save_pretrained"):  # a part of the model that is saved alone needs the sentinel too
                 module.hf_quantizer = self  # type: ignore[assignment]

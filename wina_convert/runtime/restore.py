@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from . import attention, cache, norms
+from . import decoding
 from .experts import opened_experts
 from .install import keep_hook
 from .linear import DenseLinear, WinaLinear, gated_modules
@@ -42,9 +42,7 @@ def restore(model: Any, dtype: torch.dtype | None = None) -> None:
             module.__class__ = nn.Linear  # type: ignore[assignment]
         if module is not model:
             vars(module).pop("hf_quantizer", None)
-    attention.use(model, False)
-    cache.use(model, False)
-    norms.use(model, False)
+    decoding.use(model, False)
     model.config._is_quantized = False
     for parameter in model.parameters() if dtype not in (None, model.config.dtype) else ():
         if parameter.dtype == model.config.dtype:  # others, as buffers, keep their own on purpose

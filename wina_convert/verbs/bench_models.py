@@ -12,7 +12,7 @@ from ..fitting.schemes import column_norms
 from ..format.config import WinaConfig
 from ..format.grid import GRID
 from ..format.names import COLUMN_NORMS, THRESHOLDS
-from ..runtime import attention, cache, norms
+from ..runtime import decoding
 from ..runtime.grouping import group
 from ..runtime.install import gate
 from ..runtime.linear import WinaLinear, gated_modules, observing
@@ -74,9 +74,7 @@ def random_model(size: str, dtype: str, device: torch.device | str = "cpu") -> A
         },
     )
     group(model)
-    attention.use(model)
-    cache.use(model)
-    norms.use(model)
+    decoding.use(model)
     return model
 
 

@@ -37,14 +37,16 @@ cards = st.sampled_from([H100, SMALL, (108, 166912 - 128), (188, 101376 - 128)])
 
 @given(
     st.integers(1, 200_000),
-    st.lists(st.integers(1, 40_000), min_size=1, max_size=3).map(tuple),  # no more tiles than counters
+    st.lists(st.integers(1, 60_000), min_size=1, max_size=3).map(tuple),
     st.sampled_from([2, 4]),
     st.sampled_from([1, 2]),
     cards,
 )
 def test_every_output_has_a_tile_and_every_block_an_input_and_its_memory(n_in, outs, itemsize, rows, card):
     chosen = plan(n_in, outs, itemsize, rows, *card)
-    assert chosen is not None
+    if chosen is None:  # what is added up across blocks has a counter for each tile
+        assert sum(-(-out * itemsize // (16 * max(LANES))) for out in outs) > COUNTERS
+        return
     width = chosen.lanes * 16 // itemsize
     ends = [*chosen.first[1:], chosen.tiles]
     for out, first, end in zip(outs, chosen.first, ends, strict=True):
