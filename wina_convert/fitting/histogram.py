@@ -1,5 +1,6 @@
 """Counts of scores, from which any threshold is solved without a second pass over the model."""
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from ..errors import CalibrationError
 
 BINS = 1 << 15  # one for every non-negative bfloat16, infinity and NaN included
 INFINITY_BIN = 0x7F80
+UPPER = int(sys.byteorder == "little")  # which half of a float32 is a bfloat16
 CHUNK = 1 << 22  # scores handled at a time: bounds the temporaries at 64 MB
 
 
@@ -34,7 +36,7 @@ class ScoreHistogram:
             CalibrationError: a score is NaN or infinite.
         """
         for chunk in scores.flatten().split(CHUNK):
-            bins = (chunk.contiguous().view(torch.int32) >> 16) & (BINS - 1)  # a NaN may carry a sign
+            bins = chunk.contiguous().view(torch.int16)[UPPER::2] & (BINS - 1)  # a NaN may carry a sign
             self.counts += torch.bincount(bins, minlength=BINS)
         if self.counts[INFINITY_BIN:].any():
             raise CalibrationError("an activation is NaN or infinite")

@@ -1,8 +1,10 @@
 """A decoder layer on which a division of the sparsity is tried: what it makes of text when some of its projections skip."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ..format.grid import GRID
@@ -59,6 +61,25 @@ class Layer:
             yield (self.run(hidden, number) - dense).double().square().sum(-1), dense
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a projection made of an input.
+
+    Attributes:
+        x, y: the input and the output.
+        before, after: how often either had been written to.
+    """
+
+    x: Tensor
+    y: Tensor
+    before: int
+    after: int
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether it is the answer to this input, and nothing has written into it since."""
+        return (self.x._version, self.y._version) == (self.before, self.after) and torch.equal(self.x, x)
+
+
 def dense_layer(
     run: Callable[[Tensor, int], Tensor], gates: Mapping[str, WinaLinear], states: Sequence[Tensor]
 ) -> Layer:
@@ -77,3 +98,47 @@ def dense_layer(
     with counting(gates) as histograms:
         outputs = [run(hidden, number) for number, hidden in enumerate(states)]
     return Layer(run, gates, histograms, states, outputs)
+
+
+@contextmanager
+def remembering(layer: Layer) -> Iterator[Layer]:
+    """A layer whose projections do not compute again what they do in the dense layer.
+
+    One that skips nothing, and is given what it is given there, answers what it does there: those in front of the one that
+    skips, and those beside it. The outputs are the same to the last bit.
+
+    Args:
+        layer: dense until the with-block begins.
+    """
+    known: dict[tuple[str, int], Answer] = {}  # by projection and batch
+    current, learning = 0, True
+
+    def run(hidden: Tensor, number: int) -> Tensor:
+        nonlocal current
+        current = number
+        return layer.run(hidden, number)
+
+    def answering(name: str, gate: WinaLinear) -> Callable[[Tensor], Tensor]:
+        compute = gate.forward
+
+        def forward(x: Tensor) -> Tensor:
+            answer = known.get((name, current))
+            if gate.sparsity == 0 and answer is not None and answer.fits(x):
+                return answer.y
+            y = compute(x)
+            if learning:
+                known[name, current] = Answer(x, y, x._version, y._version)
+            return y
+
+        return forward
+
+    for name, gate in layer.gates.items():
+        gate.forward = answering(name, gate)  # type: ignore[method-assign]
+    try:
+        for number, hidden in enumerate(layer.states):
+            run(hidden, number)
+        learning = False
+        yield replace(layer, run=run)
+    finally:
+        for gate in layer.gates.values():
+            del gate.forward

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..format.grid import GRID
-from .layer import Layer, Shares
+from .layer import Layer, Shares, remembering
 
 LEVELS = (0.2, 0.4, 0.6, 0.8, 0.95)
 PARTS = 400  # that a projection is skipped in
@@ -28,12 +28,13 @@ def errors(layer: Layer) -> dict[str, list[float]]:
         layer: the layer, dense; it is dense afterwards.
     """
     found: dict[str, list[float]] = {}
-    for name in layer.gates:
-        found[name] = []
-        for level in LEVELS:
-            layer.skip(name, level)
-            found[name].append(layer.part_lost())
-        layer.skip(name, 0.0)
+    with remembering(layer) as quick:
+        for name in layer.gates:
+            found[name] = []
+            for level in LEVELS:
+                layer.skip(name, level)
+                found[name].append(quick.part_lost())
+            layer.skip(name, 0.0)
     return found
 
 

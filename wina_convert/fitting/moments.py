@@ -16,6 +16,10 @@ from ..errors import CalibrationError
 from .basis import Geometry
 
 
+BLOCK = 256  # features whose products with those behind them are computed at a time
+TOGETHER = 8  # sequences whose products are summed in float32
+
+
 @dataclass(frozen=True)
 class Reader:
     """A projection behind a norm, as far as its scores and errors depend on it.
@@ -62,6 +66,38 @@ class Moments:
     sites: list[Site] = field(default_factory=list)
 
 
+class Squares:
+    """The sum of xx' over all rows x that are added: half of it is computed, as it is symmetric.
+
+    Products are summed in float32 for a few sequences, and those sums in float64.
+    """
+
+    def __init__(self, hidden: int, device: torch.device) -> None:
+        self.sum = torch.zeros(hidden, hidden, dtype=torch.float64, device=device)
+        self.part = torch.zeros(hidden, hidden, dtype=torch.float32, device=device)
+        self.waiting = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add a sequence, [S, hidden]."""
+        x = x.float()
+        for first in range(0, x.shape[1], BLOCK):
+            self.part[first : first + BLOCK, first:].addmm_(x[:, first : first + BLOCK].t(), x[:, first:])
+        self.waiting += 1
+        if self.waiting == TOGETHER:
+            self._move()
+
+    def total(self) -> Tensor:
+        """The sum, [hidden, hidden], float64."""
+        self._move()
+        upper = self.sum.triu()
+        return upper + upper.triu(1).t()
+
+    def _move(self) -> None:
+        self.sum += self.part
+        self.part.zero_()
+        self.waiting = 0
+
+
 def empty_moments(sizes: Geometry, device: torch.device) -> Moments:
     """Moments before the first layer."""
     return Moments(torch.zeros(sizes.hidden, sizes.hidden, dtype=torch.float64, device=device))
@@ -97,7 +133,7 @@ def gather_layer(
 ) -> None:
     """Move the hidden states through a layer, in place, and add what is seen to the moments.
 
-    Products are in float32 a sequence and summed in float64; those of values, of which a Cholesky factor is taken, in float64.
+    Products are in float32 and summed in float64; those of values, of which a Cholesky factor is taken, in float64.
 
     Args:
         moments: what to add to.
@@ -115,7 +151,7 @@ def gather_layer(
     """
     facts = family.residual
     norms = facts.readers if residual and isinstance(facts, Residual) else ()
-    sums = [torch.zeros_like(moments.stream) for _ in norms]
+    squares = [Squares(sizes.hidden, moments.stream.device) for _ in norms]
     kept: list[list[Tensor]] = [[] for _ in norms]
     group = sizes.heads // sizes.kv_heads
     mixed = torch.zeros(
@@ -126,7 +162,7 @@ def gather_layer(
     def watch(number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             for row, x in enumerate(inputs[0]):  # [S, hidden]
-                sums[number] += (x.float().t() @ x.float()).to(sums[number])
+                squares[number].add(x)
                 if picks and len(picks[done + row]):
                     kept[number].append(x[picks[done + row].to(x.device)])
 
@@ -153,6 +189,7 @@ def gather_layer(
     finally:
         for handle in handles:
             handle.remove()
+    sums = [one.total() for one in squares]
     if not all(bool(torch.isfinite(found).all()) for found in (mixed, *sums)):
         raise CalibrationError(
             "activations are NaN or infinite: the model overflows in this dtype; try --dtype float32"
