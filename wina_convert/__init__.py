@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .runtime.quantization import WinaConfig
     from .verbs.push import push
 
-__version__ = "0.10.0"
+__version__ = "0.11.0"
 __all__ = ["WinaConfig", "WinaError", "convert", "load", "push", "set_sparsity"]
 
 _LAZY = {

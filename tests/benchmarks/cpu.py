@@ -4,12 +4,14 @@
     OMP_WAIT_POLICY=passive python tests/benchmarks/cpu.py --rows  # products of several rows alone, in processor time
     python tests/benchmarks/cpu.py --memory  # the peak memory of a small model alone
     python tests/benchmarks/cpu.py --conversion  # how fast a conversion computes, and what larger models take
+    python tests/benchmarks/cpu.py --avx2  # as on a processor that has AVX2 and nothing newer; with any of the others too
 
 Prints Markdown tables: decoding and prefill of a random Llama shape of 1.2 billion parameters in bfloat16, single products, of
 several rows as well, and the peak memory of a process that loads the model and generates a token. Takes ten minutes and 8 GB;
 wants a quiet machine.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -37,6 +39,14 @@ from wina_convert.verbs.benchmark import Benchmark
 TOKENIZER = Path(__file__).parents[1] / "models" / "wina-lab-tiny"
 WIDE = (2048, 1, 4096, 32, 8, False)  # a shape as in RANDOM: of a basis as larger models have it
 PROOF = ("Verifying", "Comparing")  # how the steps begin in which a conversion proves what it made
+# to torch, oneDNN, MKL and numba
+AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "NUMBA_CPU_NAME": "haswell",
+    "NUMBA_CPU_FEATURES": "+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+movbe",
+}
 RANDOM["small"] = (512, 8, 1536, 8, 4, True)  # 91 million parameters, most of them in the embedding
 
 PEAK = """
@@ -206,9 +216,12 @@ def _gated(shape: Sequence[int]) -> int:
 @click.option("--dtype", default="bfloat16", show_default=True)
 @click.option("--rows", is_flag=True, help="Time the products of several rows and nothing else.")
 @click.option("--memory", is_flag=True, help="Measure the memory of a small model and nothing else.")
+@click.option("--avx2", is_flag=True, help="As on a processor that has AVX2 and nothing newer, torch held to it too.")
 @click.option("--conversion", "converts", is_flag=True, help="Time a conversion and nothing else.")
-def main(prompt_tokens: tuple[int, ...], dtype: str, rows: bool, memory: bool, converts: bool) -> None:
+def main(prompt_tokens: tuple[int, ...], dtype: str, rows: bool, memory: bool, avx2: bool, converts: bool) -> None:
     """Print the tables."""
+    if avx2 and not AVX2.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | AVX2)  # libraries look when they are loaded
     if converts:
         click.echo("\n".join(conversion(dtype)))
         return

@@ -6,11 +6,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from support.layers import STATES, WIDTH, lost, projection, run_of, three_gates
 from wina_convert.fitting import greedy, measured
 from wina_convert.fitting.budget import by_type
-from wina_convert.fitting.layer import Layer, Shares, dense_layer
+from wina_convert.fitting.layer import Layer, Shares, dense_layer, remembering
 from wina_convert.fitting.measured import LEVELS, curve, errors, halfway, least, passes
 from wina_convert.format.grid import GRID
 from wina_convert.runtime.linear import WinaLinear
@@ -128,8 +129,52 @@ def test_the_layer_is_dense_afterwards_and_the_work_known_beforehand():
     dense = dense_layer(run_of(gates), gates, STATES[:1])
     layer = Layer(lambda *a: calls.append(1) or dense.run(*a), gates, dense.histograms, dense.states, dense.outputs)
     errors(layer)
-    assert len(calls) == passes(list(weights_of(gates).values()), WIDTH)
+    assert len(calls) == 1 + len(gates) * len(LEVELS)
+    assert len(calls) / 2 < passes(list(weights_of(gates).values()), WIDTH) < len(calls)
     assert layer.error() == 0
+
+
+def chain(gates: dict[str, WinaLinear], spoil: str = "") -> Callable[..., Tensor]:
+    """Two projections side by side, and two behind them; one writes into its output or its input afterwards."""
+
+    def run(hidden: Tensor, number: int = 0) -> Tensor:
+        with torch.no_grad():
+            x = hidden.clone()
+            left, right = gates["left"](x), gates["right"](x)
+            behind = gates["behind"](torch.tanh(left) * right)
+            if spoil == "output":
+                left += behind[..., :WIDTH]
+            if spoil == "input":
+                x.zero_()
+            return gates["last"](behind) + left + x
+
+    return run
+
+
+@pytest.mark.parametrize("spoil", ["", "output", "input"])
+def test_what_is_remembered_is_what_would_be_computed(spoil: str):
+    """Every projection alone, to the last bit; where nothing writes into them, only what stands behind it computes again."""
+    gates = {name: projection(WIDTH, WIDTH, seed) for seed, name in enumerate(["left", "right", "behind", "last"])}
+    layer = dense_layer(chain(gates, spoil), gates, STATES)
+    computed = []
+    for name, gate in gates.items():
+        gate._operands = lambda x, name=name, operands=gate._operands: computed.append(name) or operands(x)
+    with remembering(layer) as quick:
+        for name, again in {"left": 3, "right": 3, "behind": 2, "last": 1}.items():
+            layer.skip(name, 0.5)
+            computed.clear()
+            found = [quick.run(hidden, number) for number, hidden in enumerate(STATES)]
+            assert spoil or len(computed) == again * len(STATES)
+            assert all(map(torch.equal, found, [layer.run(hidden, number) for number, hidden in enumerate(STATES)]))
+            layer.skip(name, 0.0)
+    assert not any("forward" in vars(gate) for gate in gates.values())
+
+
+def test_projections_compute_again_after_an_error():
+    gates = three_gates()
+    with pytest.raises(ZeroDivisionError), remembering(layer_of(gates)):
+        raise ZeroDivisionError
+    assert not any("forward" in vars(gate) for gate in gates.values())
 
 
 def weights_of(gates: dict[str, WinaLinear]) -> dict[str, int]:

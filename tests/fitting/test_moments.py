@@ -14,7 +14,7 @@ from support.folders import config_of, tensors_of
 from wina_convert.conversion.turn import find_basis, gather, plan_turn, read_turned
 from wina_convert.errors import CalibrationError, OptionError, SourceError
 from wina_convert.fitting.fit_basis import principal_axes
-from wina_convert.fitting.moments import Moments, pick_tokens
+from wina_convert.fitting.moments import Moments, Squares, pick_tokens
 from wina_convert.models.source import Source, open_source
 from wina_convert.progress import silent
 
@@ -61,6 +61,15 @@ def test_the_stream_is_seen_behind_norms_without_gains(family: str, tmp_path: Pa
         expected = expected + x.t() @ x / len(x) * sum(tensors[key].numel() for key in readers)
     found = moments_of(source, tokens).stream
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_squares_are_summed_over_many_blocks_and_sequences():
+    squares, sequences = Squares(600, CPU), [torch.randn(length, 600) for length in range(1, 20)]
+    for x in sequences:
+        squares.add(x)
+    exact = sum(x.double().t() @ x.double() for x in sequences)
+    torch.testing.assert_close(squares.total(), exact, rtol=0, atol=1e-6 * float(exact.abs().max()))
+    assert torch.equal(squares.total(), squares.total().t())
 
 
 @pytest.mark.parametrize("batch", [1, 2])

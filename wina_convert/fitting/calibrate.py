@@ -21,7 +21,7 @@ from ..runtime.rule import scores
 from .budget import UNIFORM, Budget
 from .histogram import ScoreHistogram
 
-PILOT = 4096  # tokens of the first pass: provisional thresholds skip what was asked to some tenths of a point
+PILOT = 2048  # tokens of the first pass: provisional thresholds skip what was asked to some tenths of a point
 # Tokens that an expert must have been given. What one threshold skips differs by some points from token to token; over so many it
 # is known to a point. All experts together may be unlike one, but never by chance.
 FEWEST = 64
@@ -59,7 +59,7 @@ def calibrate_layer(
         for gate in gates.values():
             gate.set_threshold(0.0)
         with counting(gates) as counted:
-            for number, batch in enumerate(_pilot(batches)):
+            for number, batch in _pilot(batches):
                 run(batch, number)
         provisional = pooled(counted, gates)[0]
         for name, gate in gates.items():
@@ -100,13 +100,13 @@ def pooled(
     return {name: together[of_any_expert(name)] if name in few else counts[name] for name in gates}, few
 
 
-def _pilot(batches: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The first few sequences [B, S, hidden], in batches as they are."""
-    seen = 0
-    for batch in batches:
-        if seen < PILOT:
-            seen += batch.shape[0] * batch.shape[1]
-            yield batch
+def _pilot(batches: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """A few batches [B, S, hidden] from all over the text, as few as have PILOT tokens together, with their numbers."""
+    tokens = sum(batch.shape[0] * batch.shape[1] for batch in batches)
+    count = min(-(-PILOT * len(batches) // tokens), len(batches))
+    for index in range(count):
+        number = index * len(batches) // count
+        yield number, batches[number]
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def remembering(layer: Layer) -> Iterator[Layer]:
         return forward
 
     for name, gate in layer.gates.items():
-        gate.forward = answering(name, gate)  # type: ignore[method-assign]
+        vars(gate)["forward"] = answering(name, gate)
     try:
         for number, hidden in enumerate(layer.states):
             run(hidden, number)
@@ -141,4 +141,4 @@ def remembering(layer: Layer) -> Iterator[Layer]:
         yield replace(layer, run=run)
     finally:
         for gate in layer.gates.values():
-            del gate.forward
+            del vars(gate)["forward"]

@@ -15,7 +15,6 @@ from ..architectures import Architecture, Residual
 from ..errors import CalibrationError
 from .basis import Geometry
 
-
 BLOCK = 256  # features whose products with those behind them are computed at a time
 TOGETHER = 8  # sequences whose products are summed in float32
 

@@ -177,3 +177,38 @@ def test_what_is_damaged_or_for_other_options_is_compiled_again(first, tmp_path)
     assert said_and_kept(folder) == ([], False, again)
     assert set(again) == set(files)
     assert len(said_and_kept(folder, NUMBA_CPU_FEATURES="", NUMBA_CPU_NAME="generic")[2]) == 4
+
+
+# what processors are called by the compiler and can do; float32 in a vector, and whether they convert float16
+PROCESSORS = {
+    "AVX2": ("haswell", "+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+movbe", 8, True),
+    "as virtual machines call it": ("x86-64", "+sse,+sse2", 4, False),
+}
+
+OLDER = """
+from wina_convert.runtime.kernels import vectors
+torch.set_num_threads(2)
+half = sys.argv[2] == "True"
+for dtype in (torch.float32, torch.bfloat16, *[torch.float16] * half):
+    assert cpu.compiled(dtype) is streaming
+    for rows, n_in, n_out in ((1, 300, 517), (5, 77, 1030)):
+        one = problem(rows, n_in, n_out, dtype)
+        for found, right in zip(both(*one), exact(*one)):
+            torch.testing.assert_close(found.double(), right, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+assert vectors.LANES == int(sys.argv[1])
+if not half:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        one = problem(1, 64, 130, torch.float16)
+        for found, right in zip(both(*one), exact(*one)):
+            torch.testing.assert_close(found.double(), right, rtol=2 * torch.finfo(torch.float16).eps, atol=1e-4)
+    assert "float16 (F16C)" in str(caught[0].message), caught
+"""
+
+
+@pytest.mark.skipif(not machine.PLACEABLE, reason="other processors have other names")
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_code_for_older_processors_computes_the_same(processor, tmp_path):
+    name, features, lanes, half = PROCESSORS[processor]
+    variables = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "XDG_CACHE_HOME": str(tmp_path)}
+    python(PROBLEMS + OLDER, lanes, half, **variables)

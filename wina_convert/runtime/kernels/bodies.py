@@ -3,6 +3,7 @@
 Only what compiles imports this: numba takes a hundred megabytes.
 """
 
+import platform
 from typing import Any
 
 import llvmlite.binding
@@ -12,7 +13,7 @@ from numba import carray, types
 
 from .openmp import CALLED, openmp
 from .task import AHEAD, FIELDS, LINE
-from .vectors import LANES, STRIP, SUMS, accumulate, add_dots, narrow, pointer, widen
+from .vectors import FEATURES, LANES, STRIP, SUMS, accumulate, add_dots, narrow, pointer, widen
 
 # bfloat16 and float16 are told apart by the sign of the integer that holds their bits.
 STORAGE = {"float32": types.float32, "bfloat16": types.uint16, "float16": types.int16}
@@ -255,7 +256,12 @@ def compiled(kernel: str, dtype: str, rows: int, keep: bool) -> Any:
         dtype: of `STORAGE`.
         rows: of x, a constant of the code; 0 where the kernel takes any number.
         keep: let numba keep the code on the disk and read it from there.
+
+    Raises:
+        RuntimeError: the processor cannot convert float16.
     """
+    if dtype == "float16" and platform.machine().lower() in ("x86_64", "amd64") and "f16c" not in FEATURES:
+        raise RuntimeError("the processor has no instructions that convert float16 (F16C)")
     for name in CALLED:
         llvmlite.binding.add_symbol(f"wina_{name}", openmp()[name])
     body = KERNELS[kernel](STORAGE[dtype], rows)

@@ -8,18 +8,20 @@ from typing import Any
 
 import llvmlite.binding
 from llvmlite import ir
-from numba import types
+from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 
-def _lanes() -> int:
-    """Numbers of float32 in a vector register of this processor."""
-    features = llvmlite.binding.get_host_cpu_features()
-    return 16 if features.get("avx512f") else 8 if features.get("avx") else 4
+def _features() -> frozenset[str]:
+    """What the processor that numba compiles for can do: this one, unless variables of numba's name another."""
+    if config.CPU_FEATURES is not None:
+        return frozenset(config.CPU_FEATURES.replace("+", "").split(","))
+    return frozenset(name for name, there in llvmlite.binding.get_host_cpu_features().items() if there)
 
 
-LANES = _lanes()
+FEATURES = _features()
+LANES = 16 if "avx512f" in FEATURES else 8 if "avx" in FEATURES else 4  # numbers of float32 in a vector register
 STRIP = 2 * LANES  # columns whose sums are in registers at a time: two vectors for each row of x
 ROWS = 4  # of x whose sums fit into the registers; more take turns on weights that are in the first-level cache
 SUMS = 24 if LANES == 16 else 12  # of `add_dots` that fit into the registers
