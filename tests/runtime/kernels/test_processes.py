@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 PROBLEMS = """
 import os, signal, sys, threading, warnings
 import torch
-from wina_convert.runtime.kernels import cpu, dense_linear, gated_linear, streaming
+from wina_convert.runtime.kernels import attend, cpu, dense_linear, gated_linear, streaming
 
 def problem(rows, n_in, n_out, dtype):
     generator = torch.Generator().manual_seed(rows)
@@ -195,6 +195,10 @@ for dtype in (torch.float32, torch.bfloat16, *[torch.float16] * half):
         one = problem(rows, n_in, n_out, dtype)
         for found, right in zip(both(*one), exact(*one)):
             torch.testing.assert_close(found.double(), right, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+    query, key, value = torch.randn(1, 8, 1, 72).to(dtype), *torch.randn(2, 1, 4, 50, 72).to(dtype)
+    weights = (0.1 * query.double() @ key.double().repeat_interleave(2, 1).mT).softmax(-1)
+    right = (weights @ value.double().repeat_interleave(2, 1)).transpose(1, 2)
+    torch.testing.assert_close(attend(query, key, value, 0.1).double(), right, rtol=torch.finfo(dtype).eps, atol=1e-5)
 assert vectors.LANES == int(sys.argv[1])
 if not half:
     with warnings.catch_warnings(record=True) as caught:

@@ -1,5 +1,5 @@
-"""The gated and the dense product behind two torch ops, `wina::gated_linear` and `wina::dense_linear`."""
+"""The gated and the dense product, and a token's attention, behind torch ops: `wina::gated_linear`, `wina::dense_linear` ..."""
 
-from .op import dense_linear, gated_linear, gated_linears, refuse_graph
+from .op import attend, dense_linear, gated_linear, gated_linears, refuse_graph
 
-__all__ = ["dense_linear", "gated_linear", "gated_linears", "refuse_graph"]
+__all__ = ["attend", "dense_linear", "gated_linear", "gated_linears", "refuse_graph"]

@@ -12,12 +12,13 @@ import numpy as np
 from numba import carray, types
 
 from .openmp import CALLED, openmp
-from .task import AHEAD, FIELDS, LINE
-from .vectors import FEATURES, LANES, STRIP, SUMS, accumulate, add_dots, narrow, pointer, widen
+from .task import AHEAD, ATTENTION, FIELDS, LINE
+from .vectors import FEATURES, LANES, STRIP, SUMS, accumulate, add_dots, narrow, pointer, power_of_two, widen
 
 # bfloat16 and float16 are told apart by the sign of the integer that holds their bits.
 STORAGE = {"float32": types.float32, "bfloat16": types.uint16, "float16": types.int16}
 TASK = np.dtype([(name, np.int64) for name in FIELDS])
+HEADS = np.dtype([*[(name, np.int64) for name in ATTENTION], ("scaling", np.float64)])
 _OPTIONS = {"error_model": "numpy", "fastmath": {"contract", "nsz"}}
 _SUM_OPTIONS = {"error_model": "numpy", "fastmath": {"contract", "nsz", "reassoc"}}
 
@@ -235,6 +236,104 @@ def _dots(storage: Any, rows: int) -> Any:
     return dots
 
 
+@numba.njit(**_OPTIONS)
+def _exp(x):
+    """e to the power of x, at most 0, in float32: 2^n e^r with the Taylor series of e^r; libm's would take a call a number."""
+    x = np.float32(-87) if x < np.float32(-87) else x  # a NaN stays one
+    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    r = (x - n * np.float32(0.693359375)) - n * np.float32(-2.12194440e-4)  # ln 2 in two parts
+    series = np.float32(1 / 720)
+    series = series * r + np.float32(1 / 120)
+    series = series * r + np.float32(1 / 24)
+    series = series * r + np.float32(1 / 6)
+    series = series * r + np.float32(1 / 2)
+    series = series * r + np.float32(1)
+    return (series * r + np.float32(1)) * power_of_two(np.int32(n))
+
+
+def _attend(storage: Any, rows: int) -> Any:
+    streams = 4 if rows == 1 else max(1, min(6, SUMS // rows))  # keys whose scores are made side by side
+    together = 8  # values that are added side by side
+    size, pairs = storage.bitwidth // 8, storage == types.uint16
+
+    def attend(given):
+        task, me, threads = carray(given, (1,))[0], _thread(), _threads()
+        n, width, keys = task.size, task.width, task.keys
+        stride = width + STRIP  # of sums
+        address_at = task.scratch + me * task.room
+        sums_at = address_at + 16 * LINE
+        query_at = sums_at + 4 * rows * stride
+        scores_at = query_at + 4 * rows * n
+        totals_at = scores_at + 4 * rows * keys
+        address = carray(pointer(address_at), (2 * together,), types.int64)
+        sums = carray(pointer(sums_at), (rows * stride,), types.float32)
+        query = carray(pointer(query_at), (rows * n,), types.float32)
+        scores = carray(pointer(scores_at), (rows * keys,), types.float32)
+        totals = carray(pointer(totals_at), (rows,), types.float32)
+        strips, rest, out_strips, out_rest = n // STRIP, n % STRIP, width // STRIP, width % STRIP
+        for head in range(task.heads * me // threads, task.heads * (me + 1) // threads):
+            x = carray(pointer(task.query + head * rows * n * size), (rows * n,), storage)
+            y = carray(pointer(task.y + head * rows * width * size), (rows * width,), storage)
+            _arrange(x, query, 0, rows * n, n, pairs)
+            for i in range(rows * n):
+                query[i] *= np.float32(task.scaling)
+            scores[:] = 0
+            at, k = task.key + head * task.key_stride, 0
+            while k < keys:
+                left = min(streams, keys - k)
+                for s in range(streams):
+                    address[s] = at + (k + min(s, left - 1)) * n * size
+                if left == streams:
+                    add_dots(x, streams, rows, LANES, address_at, query_at, 4 * n, strips, scores_at + 4 * k * rows)
+                else:
+                    add_dots(x, 1, rows, LANES, address_at, query_at, 4 * n, strips, scores_at + 4 * k * rows)
+                if rest:
+                    for s in range(streams):
+                        address[s] += strips * STRIP * size
+                    rest_at = query_at + 4 * strips * STRIP
+                    if left == streams:
+                        add_dots(x, streams, rows, 1, address_at, rest_at, 4 * n, rest, scores_at + 4 * k * rows)
+                    else:
+                        add_dots(x, 1, rows, 1, address_at, rest_at, 4 * n, rest, scores_at + 4 * k * rows)
+                k += streams if left == streams else 1
+            for r in range(rows):
+                totals[r] = scores[r]
+            for k in range(keys):
+                for r in range(rows):
+                    totals[r] = max(totals[r], scores[k * rows + r])
+            for k in range(keys):
+                for r in range(rows):
+                    scores[k * rows + r] -= totals[r]
+            for i in range(rows * keys):
+                scores[i] = _exp(scores[i])
+            totals[:] = 0
+            for k in range(keys):
+                for r in range(rows):
+                    totals[r] += scores[k * rows + r]
+            sums[:] = 0
+            at, k = task.value + head * task.value_stride, 0
+            while k < keys:
+                left = keys - k
+                for s in range(2 * together):
+                    address[s] = at + min(k + s, keys - 1) * width * size
+                weights_at = scores_at + 4 * k * rows
+                behind, sums_behind = out_strips * STRIP * size, sums_at + 4 * out_strips * STRIP
+                if left >= together:
+                    accumulate(x, together, rows, LANES, address_at, 0, weights_at, sums_at, 4 * stride, out_strips)
+                    accumulate(x, together, rows, 1, address_at, behind, weights_at, sums_behind, 4 * stride, out_rest)
+                    k += together
+                else:
+                    accumulate(x, 1, rows, LANES, address_at, 0, weights_at, sums_at, 4 * stride, out_strips)
+                    accumulate(x, 1, rows, 1, address_at, behind, weights_at, sums_behind, 4 * stride, out_rest)
+                    k += 1
+            for r in range(rows):
+                for i in range(r * stride, r * stride + width):
+                    sums[i] /= totals[r]
+                _finish(sums[r * stride :], x, False, y[r * width :], pairs, out_strips, out_rest)
+
+    return attend
+
+
 def _read(storage: Any, rows: int) -> Any:
     def read(given):
         task = carray(given, (1,))[0]
@@ -244,8 +343,7 @@ def _read(storage: Any, rows: int) -> Any:
     return read
 
 
-KERNELS = {"columns": _columns, "dots": _dots, "read": _read}
-_SIGNATURE = types.void(types.CPointer(numba.from_dtype(TASK)))
+KERNELS = {"columns": _columns, "dots": _dots, "attend": _attend, "read": _read}
 
 
 def compiled(kernel: str, dtype: str, rows: int, keep: bool) -> Any:
@@ -265,9 +363,10 @@ def compiled(kernel: str, dtype: str, rows: int, keep: bool) -> Any:
     for name in CALLED:
         llvmlite.binding.add_symbol(f"wina_{name}", openmp()[name])
     body = KERNELS[kernel](STORAGE[dtype], rows)
+    signature = types.void(types.CPointer(numba.from_dtype(HEADS if kernel == "attend" else TASK)))
     if keep:
         try:
-            return numba.cfunc(_SIGNATURE, cache=True, **_OPTIONS)(body)
+            return numba.cfunc(signature, cache=True, **_OPTIONS)(body)
         except RuntimeError:  # no folder to cache in can be written
             pass
-    return numba.cfunc(_SIGNATURE, **_OPTIONS)(body)
+    return numba.cfunc(signature, **_OPTIONS)(body)

@@ -17,6 +17,7 @@ from ..rule import dropped, gate
 from . import reference
 
 FEW_ROWS = 8  # rows of a call that read each row of the weight once for all of them
+MOST_SHARING = 16  # heads that share keys in the compiled attention
 WIDENED = 1 << 24  # bytes of weights that are widened to float32 at a time, for all rows
 HALF = (torch.bfloat16, torch.float16)
 # Of these, one makes products in half precision fast; under the names of Linux, on x86 and on ARM.
@@ -58,6 +59,19 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = kernels.dots(x, weight, bias)
         return y
     return linear(x, weight, bias)
+
+
+def attends(query: Tensor, key: Tensor) -> bool:
+    """Whether `attend` computes this: without gradient, and so many heads that share keys."""
+    differentiable = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    sharing = query.shape[1] <= MOST_SHARING * key.shape[1]
+    return sharing and not differentiable and compiled(query.dtype) is not None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Attention of one token a sequence; shapes as in `kernels.op.attend`."""
+    y: Tensor = compiled(query.dtype).attend(query, key, value, scaling)
+    return y
 
 
 @cache

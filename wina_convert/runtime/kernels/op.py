@@ -102,6 +102,19 @@ torch.library.register_fake(
 _gated_linears = torch.ops.wina.gated_linears.default
 
 
+torch.library.define(
+    "wina::attend",
+    "(Tensor query, Tensor key, Tensor value, float scaling) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl("wina::attend", "cpu", cpu.attend)
+torch.library.register_fake(
+    "wina::attend",
+    lambda query, key, value, scaling: query.new_empty(len(query), 1, query.shape[1], value.shape[3]),
+)
+_attend = torch.ops.wina.attend.default
+
+
 class _GatedLinear(torch.autograd.Function):
     """The gradient reaches the inputs that were kept; weights, thresholds and biases are frozen."""
 
@@ -170,4 +183,22 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         [..., out], dtype of x.
     """
     y: Tensor = _dense_linear(x, weight, bias)
+    return y
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Attention of one token a sequence to all keys, where `cpu.attends` says so: softmax(scaling * query key') value.
+
+    It is computed in float32. Not differentiable.
+
+    Args:
+        query: [batch, heads, 1, size]; heads that share keys stand beside each other.
+        key: [batch, kv_heads, keys, size].
+        value: [batch, kv_heads, keys, width].
+        scaling: of the scores.
+
+    Returns:
+        [batch, 1, heads, width], dtype of the query.
+    """
+    y: Tensor = _attend(query, key, value, scaling)
     return y

@@ -79,6 +79,33 @@ def dots(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Attention of one token a sequence that looks at all keys, in float32; shapes as in `kernels.op.attend`.
+
+    Each thread has some of the heads of keys and goes through their keys once, and through their values once.
+    """
+    batch, kv_heads, keys, size = key.shape
+    query, (key, key_stride), (value, value_stride) = query.contiguous(), _by_head(key), _by_head(value)
+    group, width, heads = query.shape[1] // kv_heads, value.shape[3], batch * kv_heads
+    y = query.new_empty(batch, 1, query.shape[1], width)
+    if y.numel() and keys:
+        threads = min(_threads_for(heads * keys * (size + width)), heads)
+        room = (16 * LINE + 4 * group * (width + WIDEST + size + keys + 1) + 63) // 64 * 64
+        places = query.data_ptr(), key.data_ptr(), value.data_ptr(), y.data_ptr(), _scratch(threads * room)
+        given = struct.pack("12qd", *places, room, heads, keys, size, width, key_stride, value_stride, scaling)
+        _parallel(address("attend", NAMES[query.dtype], group), given, threads, 0)
+    return y
+
+
+def _by_head(kept: Tensor) -> tuple[Tensor, int]:
+    """Keys or values [batch, kv_heads, keys, size], each head's contiguous and all equally far apart; and how far, in bytes."""
+    batch, heads, keys, size = kept.shape
+    of_batch, of_head, *inside = kept.stride()
+    if inside == [size, 1] and (batch == 1 or heads == 1 or of_batch == heads * of_head):
+        return kept, kept.itemsize * (of_head if heads > 1 else of_batch)
+    return kept.contiguous(), kept.itemsize * keys * size  # strides of a dimension of one say nothing
+
+
 def read(memory: Tensor) -> None:
     """Read a contiguous tensor once with all threads."""
     threads = torch.get_num_threads()

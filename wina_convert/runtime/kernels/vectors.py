@@ -75,6 +75,17 @@ def narrow(typing_context, value, like):
     return like(types.float32, like), generate
 
 
+@intrinsic
+def power_of_two(typing_context, exponent):
+    """2 to the power of an int32 within [-126, 127], as float32."""
+
+    def generate(context, builder, signature, args):
+        biased = builder.add(args[0], ir.Constant(_I32, 127))
+        return builder.bitcast(builder.shl(biased, ir.Constant(_I32, 23)), _F32)
+
+    return types.float32(types.int32), generate
+
+
 @intrinsic(prefer_literal=True)
 def accumulate(typing_context, weight, streams, rows, lanes, address, offset, value, sums, stride, strips):
     """sums[r] += value[k, r] * row k of the weight, for a few rows of the weight side by side and all rows of x.
