@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from support.families import FAMILIES, random_weights
 from wina_convert import load
 from wina_convert.runtime import attention
-from wina_convert.runtime.kernels import attend, cpu
+from wina_convert.runtime.kernels import attend, cpu, streaming
 
 HALF = [torch.bfloat16, torch.float16]
 MASKS = ["none", "boolean", "float"]
@@ -176,9 +177,10 @@ def test_the_compiled_attention_is_the_definition_however_the_keys_lie(seed, siz
     transposed = key.transpose(1, 2).contiguous().transpose(1, 2), value.transpose(1, 2).contiguous().transpose(1, 2)
     assert torch.equal(attend(query, *transposed, scale), found)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(3)
     try:
-        assert torch.equal(attend(query, key, value, scale), found)
+        with mock.patch.object(streaming, "GRAIN", 1):  # a few keys are divided among the threads too
+            assert torch.equal(attend(query, key, value, scale), found)
     finally:
         torch.set_num_threads(threads)
 
@@ -255,7 +257,10 @@ def test_a_model_switched_over_answers_as_before(family):
     before = logits(model)
     attention.use(model)
     assert model.config._attn_implementation == "sdpa"  # the name that transformers knows
-    torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
+    for found, expected in zip(
+        logits(model), before, strict=True
+    ):  # of the single token sums are made in another order
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_every_layer_of_a_model_switched_over_asks_whether_the_processor_has_the_instructions(monkeypatch):

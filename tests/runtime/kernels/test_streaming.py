@@ -257,6 +257,17 @@ def test_a_large_weight_takes_the_threads_of_torch_and_a_small_one_takes_one(req
     assert requested == [count for threads in THREADS for count in (threads, 1)]
 
 
+@kernels
+def test_a_region_has_all_threads_or_one(requested, kernel):
+    """The runtime ends threads that a region does not have, and starts them anew for the next one that does."""
+    torch.set_num_threads(7)
+    for width in (1, 30, 50, 90, 120, 200, 350, 500):
+        call(kernel, *problem(0, (1,), 300, width, torch.float32))
+    streaming.attend(torch.randn(1, 6, 1, 64), torch.randn(1, 3, 700, 64), torch.randn(1, 3, 700, 64), 1.0)
+    assert set(requested) == {1, 7}
+    assert requested[-1] == 7
+
+
 @every_thread_count
 def test_reading_memory_reads_all_of_it_with_all_threads(threads, requested, monkeypatch):
     sums, run = [], streaming._run

@@ -22,7 +22,7 @@ from .machine import address
 from .openmp import openmp
 from .task import AHEAD, LINE, WIDEST
 
-GRAIN = 1 << 15  # weights below which another thread costs more than it brings
+GRAIN = 1 << 15  # weights below which a second thread costs more than it brings
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 _parallel = openmp()["GOMP_parallel"]
@@ -89,7 +89,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     group, width, heads = query.shape[1] // kv_heads, value.shape[3], batch * kv_heads
     y = query.new_empty(batch, 1, query.shape[1], width)
     if y.numel() and keys:
-        threads = min(_threads_for(heads * keys * (size + width)), heads)
+        threads = _threads_for(heads * keys * (size + width)) if heads > 1 else 1
         room = (16 * LINE + 4 * group * (width + WIDEST + size + keys + 1) + 63) // 64 * 64
         places = query.data_ptr(), key.data_ptr(), value.data_ptr(), y.data_ptr(), _scratch(threads * room)
         given = struct.pack("12qd", *places, room, heads, keys, size, width, key_stride, value_stride, scaling)
@@ -114,7 +114,9 @@ def read(memory: Tensor) -> None:
 
 
 def _threads_for(weights: int) -> int:
-    return min(torch.get_num_threads(), 1 + weights // GRAIN)
+    """All threads or one: where a region has fewer than the one before, the runtime ends the others and starts them anew."""
+    threads = torch.get_num_threads()
+    return threads if 2 * weights >= GRAIN * threads else 1
 
 
 def _output(x: Tensor, weight: Tensor, bias: Tensor | None, n_in: int, n_out: int) -> Tensor:
