@@ -211,6 +211,30 @@ def test_more_heads_than_the_kernel_has_code_for_share_keys():
     torch.testing.assert_close(attention.attention(**arguments)[0], exact(**arguments).float(), rtol=1e-4, atol=1e-5)
 
 
+def test_what_does_not_fit_together_is_refused_before_memory_is_read():
+    query, key, value = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 24)
+    for wrong in (
+        (query[..., :8], key, value),
+        (query[:, :3], key, value),
+        (query.expand(1, 4, 2, 16), key, value),
+        (query, key[:, :, :8], value),
+        (query, key, value.bfloat16()),
+    ):
+        with pytest.raises(ValueError, match="are needed"):
+            streaming.attend(*wrong, 0.25)
+
+
+@pytest.mark.parametrize("narrow", ["query", "key", "value"])
+def test_tensors_of_several_dtypes_are_left_to_torch(narrow: str):
+    """Under autocast torch casts them."""
+    arguments = problem(0, SHAPES[1], "none", torch.float32)
+    expected = exact(**arguments).float()
+    arguments[narrow] = arguments[narrow].bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention.attention(**arguments)[0]
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+
+
 def test_the_op_keeps_what_torch_asks_of_one():
     tensors = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 24)
     torch.library.opcheck(torch.ops.wina.attend.default, (*tensors, 0.25))

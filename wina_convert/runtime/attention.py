@@ -39,13 +39,8 @@ def attention(
         return unchanged
     plain = all(kwargs.get(name) is None for name in UNUSUAL)
     alone = plain and query.shape[2] == 1 and len(query) == len(key)
-    if (
-        alone
-        and attention_mask is None
-        and not kwargs.get("dropout")
-        and not is_compiling()
-        and cpu.attends(query, key)
-    ):
+    unmasked = alone and attention_mask is None and not kwargs.get("dropout") and not is_compiling()
+    if unmasked and cpu.attends(query, key, value):
         scaling = kwargs.get("scaling")
         return attend(query, key, value, query.shape[3] ** -0.5 if scaling is None else scaling), None
     if dtype in cpu.HALF and not cpu.multiplies(dtype):

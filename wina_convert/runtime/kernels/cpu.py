@@ -61,11 +61,13 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return linear(x, weight, bias)
 
 
-def attends(query: Tensor, key: Tensor) -> bool:
-    """Whether `attend` computes this: without gradient, and so many heads that share keys."""
-    differentiable = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `attend` computes this: without gradient, of one dtype, and so many heads that share keys."""
+    tensors = (query, key, value)
+    plain = all(tensor.device.type == "cpu" and tensor.dtype is query.dtype for tensor in tensors)
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     sharing = query.shape[1] <= MOST_SHARING * key.shape[1]
-    return sharing and not differentiable and compiled(query.dtype) is not None
+    return plain and sharing and not differentiable and compiled(query.dtype) is not None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

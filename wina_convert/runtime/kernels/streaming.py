@@ -83,8 +83,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Attention of one token a sequence that looks at all keys, in float32; shapes as in `kernels.op.attend`.
 
     Each thread has some of the heads of keys and goes through their keys once, and through their values once.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
     """
     batch, kv_heads, keys, size = key.shape
+    fits = (len(query), query.shape[2]) == (batch, 1) and query.shape[3] == size and query.shape[1] % kv_heads == 0
+    if not fits or value.shape[:3] != key.shape[:3] or not query.dtype is key.dtype is value.dtype:
+        got = ", ".join([f"{tensor.dtype} {list(tensor.shape)}" for tensor in (query, key, value)])
+        raise ValueError(
+            f"query, key and value are {got}; one token a sequence and keys of its size are needed, of one dtype"
+        )
     query, (key, key_stride), (value, value_stride) = query.contiguous(), _by_head(key), _by_head(value)
     group, width, heads = query.shape[1] // kv_heads, value.shape[3], batch * kv_heads
     y = query.new_empty(batch, 1, query.shape[1], width)
