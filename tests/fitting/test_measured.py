@@ -130,7 +130,9 @@ def test_the_layer_is_dense_afterwards_and_the_work_known_beforehand():
     layer = Layer(lambda *a: calls.append(1) or dense.run(*a), gates, dense.histograms, dense.states, dense.outputs)
     errors(layer)
     assert len(calls) == 1 + len(gates) * len(LEVELS)
-    assert len(calls) / 2 < passes(list(weights_of(gates).values()), WIDTH) < len(calls)
+    assert (
+        passes(list(weights_of(gates).values()), WIDTH) == 11
+    )  # runs in full: two thirds of what a projection skips in
     assert layer.error() == 0
 
 

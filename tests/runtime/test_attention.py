@@ -281,10 +281,10 @@ def test_a_model_switched_over_answers_as_before(family):
     before = logits(model)
     attention.use(model)
     assert model.config._attn_implementation == "sdpa"  # the name that transformers knows
-    for found, expected in zip(
-        logits(model), before, strict=True
-    ):  # of the single token sums are made in another order
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    *prompts, token = logits(model)
+    torch.testing.assert_close(prompts, before[:2], rtol=0, atol=0)
+    close = 0 if family == "gpt2" else 1e-5  # where heads share keys, the token's sums are made in another order
+    torch.testing.assert_close(token, before[2], rtol=close, atol=close)
 
 
 def test_every_layer_of_a_model_switched_over_asks_whether_the_processor_has_the_instructions(monkeypatch):

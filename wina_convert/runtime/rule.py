@@ -57,7 +57,7 @@ def dropped(x: Tensor, tau: Tensor) -> Tensor:
 def gate(x: Tensor, tau: Tensor) -> Tensor:
     """x with the inputs to skip set to zero; same shape and dtype as x [..., in]."""
     bits = BITS[x.itemsize]
-    kept = dropped(x, tau).logical_not().to(bits).neg()  # all bits or none; on a CPU this takes a twentieth of `where`
+    kept = dropped(x, tau).to(bits) - 1  # all bits or none: on a CPU this takes a fraction of the time of `where`
     return (x.view(bits) & kept).view(x.dtype)
 
 

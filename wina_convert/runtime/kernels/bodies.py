@@ -264,11 +264,11 @@ def _attend(storage: Any, rows: int) -> Any:
         sums_at = address_at + 16 * LINE
         query_at = sums_at + 4 * rows * stride
         scores_at = query_at + 4 * rows * n
-        totals_at = scores_at + 4 * rows * keys
+        totals_at = scores_at + 4 * rows * (keys + streams)
         address = carray(pointer(address_at), (2 * together,), types.int64)
         sums = carray(pointer(sums_at), (rows * stride,), types.float32)
         query = carray(pointer(query_at), (rows * n,), types.float32)
-        scores = carray(pointer(scores_at), (rows * keys,), types.float32)
+        scores = carray(pointer(scores_at), (rows * (keys + streams),), types.float32)
         totals = carray(pointer(totals_at), (rows,), types.float32)
         strips, rest, out_strips, out_rest = n // STRIP, n % STRIP, width // STRIP, width % STRIP
         for head in range(task.heads * me // threads, task.heads * (me + 1) // threads):
@@ -278,24 +278,16 @@ def _attend(storage: Any, rows: int) -> Any:
             for i in range(rows * n):
                 query[i] *= np.float32(task.scaling)
             scores[:] = 0
-            at, k = task.key + head * task.key_stride, 0
-            while k < keys:
-                left = min(streams, keys - k)
-                for s in range(streams):
-                    address[s] = at + (k + min(s, left - 1)) * n * size
-                if left == streams:
-                    add_dots(x, streams, rows, LANES, address_at, query_at, 4 * n, strips, scores_at + 4 * k * rows)
-                else:
-                    add_dots(x, 1, rows, LANES, address_at, query_at, 4 * n, strips, scores_at + 4 * k * rows)
+            at = task.key + head * task.key_stride
+            for k in range(0, keys, streams):
+                for s in range(streams):  # behind the last key it comes again, for scores that nobody reads
+                    address[s] = at + min(k + s, keys - 1) * n * size
+                add_dots(x, streams, rows, LANES, address_at, query_at, 4 * n, strips, scores_at + 4 * k * rows)
                 if rest:
                     for s in range(streams):
                         address[s] += strips * STRIP * size
                     rest_at = query_at + 4 * strips * STRIP
-                    if left == streams:
-                        add_dots(x, streams, rows, 1, address_at, rest_at, 4 * n, rest, scores_at + 4 * k * rows)
-                    else:
-                        add_dots(x, 1, rows, 1, address_at, rest_at, 4 * n, rest, scores_at + 4 * k * rows)
-                k += streams if left == streams else 1
+                    add_dots(x, streams, rows, 1, address_at, rest_at, 4 * n, rest, scores_at + 4 * k * rows)
             for r in range(rows):
                 totals[r] = scores[r]
             for k in range(keys):

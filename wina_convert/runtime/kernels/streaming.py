@@ -99,7 +99,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     y = query.new_empty(batch, 1, query.shape[1], width)
     if y.numel() and keys:
         threads = _threads_for(heads * keys * (size + width)) if heads > 1 else 1
-        room = (16 * LINE + 4 * group * (width + WIDEST + size + keys + 1) + 63) // 64 * 64
+        room = (16 * LINE + 4 * group * (width + WIDEST + size + keys + AHEAD) + 63) // 64 * 64
         places = query.data_ptr(), key.data_ptr(), value.data_ptr(), y.data_ptr(), _scratch(threads * room)
         given = struct.pack("12qd", *places, room, heads, keys, size, width, key_stride, value_stride, scaling)
         _parallel(address("attend", NAMES[query.dtype], group), given, threads, 0)
